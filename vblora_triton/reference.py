@@ -42,9 +42,7 @@ def compose(logits: Tensor, vector_bank: Tensor, topk: int) -> Tensor:
     return (weights.unsqueeze(-1) * vector_bank[indices]).sum(-2).to(vector_bank.dtype)
 
 
-def low_rank_matrices(
-    logits_A: Tensor, logits_B: Tensor, vector_bank: Tensor, topk: int
-) -> tuple[Tensor, Tensor]:
+def low_rank_matrices(logits_A: Tensor, logits_B: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Put the composed bank vectors together into A and B.
 
     A[i, t*b:(t+1)*b] = compose(logits_A)[i, t]      B[t*b:(t+1)*b, i] = compose(logits_B)[t, i]

@@ -1,0 +1,233 @@
+"""Products over the output: y = base + s B^T forward; ds = dy B and dB = dy^T s in one pass over dy backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .launch import launch
+from .tiles import dot, fold, left_term, load_rank_tile, mix, right_term, term
+
+
+@triton.jit
+def _expand_fwd_kernel(
+    S_ptr,
+    Base_ptr,
+    Bank_ptr,
+    Idx_ptr,
+    W_ptr,
+    Y_ptr,
+    STotal_ptr,
+    M,
+    N,
+    R,
+    planes,
+    stride_sp,
+    stride_bm,
+    stride_bn,
+    stride_i,
+    stride_t,
+    VECTOR: tl.constexpr,
+    TOPK: tl.constexpr,
+    P_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    STORE_TOTAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_n = tl.program_id(1) * BLOCK_N
+    offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask_m = offs_m < M
+    mask_mn = mask_m[:, None] & (offs_n < N)[None, :]
+    offs_p = tl.arange(0, PARTS * P_PAD)
+    offs_i = offs_p % P_PAD
+    s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, offs_i < R, R, planes, stride_sp)
+    if STORE_TOTAL:
+        # Backward wants the sum of the planes; the first column of programs writes it, from its first part.
+        total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
+        tl.store(total_ptrs, s, mask=mask_m[:, None] & ((offs_p < R) & (start_n == 0))[None, :])
+    b = mix(
+        Bank_ptr, Idx_ptr, W_ptr, offs_i, offs_i < R, start_n, N, stride_i, stride_t, VECTOR, TOPK, BLOCK_N
+    )  # (PARTS * P_PAD, BLOCK_N)
+    s = term(s, left_term(offs_p // P_PAD)[None, :], TERMS)  # (BLOCK_M, PARTS * P_PAD)
+    b = term(b, right_term(offs_p // P_PAD)[:, None], TERMS)
+    y = tl.dot(s, b, input_precision=INPUT_PRECISION)
+    if HAS_BASE:
+        base_ptrs = Base_ptr + offs_m[:, None] * stride_bm + offs_n[None, :] * stride_bn
+        y += tl.load(base_ptrs, mask=mask_mn, other=0.0).to(tl.float32)
+    y_ptrs = Y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask_mn)
+
+
+@triton.jit
+def _expand_bwd_kernel(
+    DY_ptr,
+    S_ptr,
+    Bank_ptr,
+    Idx_ptr,
+    W_ptr,
+    DS_ptr,
+    DB_ptr,
+    M,
+    N,
+    R,
+    stride_dym,
+    stride_dyn,
+    stride_i,
+    stride_t,
+    VECTOR: tl.constexpr,
+    TOPK: tl.constexpr,
+    R_PAD: tl.constexpr,
+    COPIES: tl.constexpr,
+    TERMS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    NEED_DS: tl.constexpr,
+    NEED_DB: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid_n = tl.program_id(0)
+    start_n = pid_n * BLOCK_C
+    chunk = tl.program_id(1).to(tl.int64)
+    offs_n = (start_n + tl.arange(0, BLOCK_C)).to(tl.int64)
+    mask_n = offs_n < N
+    offs_c = tl.arange(0, COPIES * R_PAD)
+    offs_i = offs_c % R_PAD
+    copy = offs_c // R_PAD
+    mask_i = (offs_i < R) & (copy < TERMS)
+    offs_r = tl.arange(0, R_PAD)
+    if NEED_DS:
+        b = mix(
+            Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, stride_i, stride_t, VECTOR, TOPK, BLOCK_C
+        )  # (COPIES * R_PAD, BLOCK_C)
+        b = tl.trans(term(b, copy[:, None], TERMS))
+    acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
+    for start_m in range(chunk * ROWS, tl.minimum(M, (chunk + 1) * ROWS), BLOCK_M):
+        offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask_m = offs_m < M
+        dy_ptrs = DY_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_M, BLOCK_C)
+        if NEED_DS:
+            ds = dot(dy, b, tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32), INPUT_PRECISION)
+            ds_ptrs = DS_ptr + (pid_n.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
+            tl.store(ds_ptrs, fold(ds, R_PAD, COPIES), mask=mask_m[:, None] & (offs_r < R)[None, :])
+        if NEED_DB:
+            s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, 1, 0)
+            s = term(s, copy[None, :], TERMS)  # (BLOCK_M, COPIES * R_PAD)
+            acc_db = dot(tl.trans(dy), s, acc_db, INPUT_PRECISION)
+    if NEED_DB:
+        db_ptrs = DB_ptr + (chunk * R + offs_r)[None, :] * N + offs_n[:, None]
+        tl.store(db_ptrs, fold(acc_db, R_PAD, COPIES), mask=mask_n[:, None] & (offs_r < R)[None, :])
+
+
+def launch_expand_fwd(
+    s: Tensor,
+    base: Tensor | None,
+    vector_bank: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    N: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y = base + s B^T.
+
+    Args:
+        s: (planes, M, r) fp32, contiguous, `shrink.launch_shrink_fwd`.
+        base: (M, N), any strides, or None.
+        vector_bank: (num_vectors, vector_length), contiguous.
+        indices, weights: of B's rows, `select.launch_select`.
+        dtype: that of the result.
+    Returns:
+        y (M, N), and the sum of the planes of s, (M, r) fp32.
+    """
+    planes, M, r = s.shape
+    y = torch.empty((M, N), dtype=dtype, device=s.device)
+    total = s[0] if planes == 1 else torch.empty((M, r), dtype=torch.float32, device=s.device)
+    config = tuning.expand_fwd(M, N)
+    launch(
+        _expand_fwd_kernel,
+        (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])),
+        S_ptr=s,
+        Base_ptr=base,
+        Bank_ptr=vector_bank,
+        Idx_ptr=indices,
+        W_ptr=weights,
+        Y_ptr=y,
+        STotal_ptr=total,
+        M=M,
+        N=N,
+        R=r,
+        planes=planes,
+        stride_sp=s.stride(0),
+        stride_bm=0 if base is None else base.stride(0),
+        stride_bn=0 if base is None else base.stride(1),
+        stride_i=1,
+        stride_t=r,
+        VECTOR=vector_bank.shape[1],
+        TOPK=indices.shape[1],
+        INPUT_PRECISION=tuning.input_precision(),
+        HAS_BASE=base is not None,
+        STORE_TOTAL=planes > 1,
+        **tuning.product_layout(dtype, r),
+        **config,
+    )
+    return y, total
+
+
+def launch_expand_bwd(
+    dy: Tensor,
+    s: Tensor,
+    vector_bank: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    need_ds: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """ds = dy B and dB = dy^T s, in one pass over dy.
+
+    Args:
+        dy: (M, N), any strides.
+        s: (M, r) fp32, contiguous.
+        vector_bank, indices, weights: as in `launch_expand_fwd`.
+    Returns:
+        ds (planes, M, r) and dB (planes, r, N), both fp32, to be added up in order; None where not needed.
+    """
+    M, N = dy.shape
+    r = s.shape[1]
+    config = tuning.two_products(M, N)
+    chunks, blocks = triton.cdiv(M, config["ROWS"]), triton.cdiv(N, config["BLOCK_C"])
+    ds = torch.empty((blocks, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
+    dB = torch.empty((chunks, r, N), dtype=torch.float32, device=dy.device) if need_dB else None
+    launch(
+        _expand_bwd_kernel,
+        (blocks, chunks),
+        DY_ptr=dy,
+        S_ptr=s,
+        Bank_ptr=vector_bank,
+        Idx_ptr=indices,
+        W_ptr=weights,
+        DS_ptr=ds,
+        DB_ptr=dB,
+        M=M,
+        N=N,
+        R=r,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_i=1,
+        stride_t=r,
+        VECTOR=vector_bank.shape[1],
+        TOPK=indices.shape[1],
+        INPUT_PRECISION=tuning.input_precision(),
+        NEED_DS=need_ds,
+        NEED_DB=need_dB,
+        **tuning.rank_layout(dy.dtype, r),
+        **config,
+    )
+    return ds, dB

@@ -1,0 +1,136 @@
+"""Top-k selection: which bank vectors each row of logits picks, and with which weights."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .launch import launch
+
+
+@triton.jit
+def _codes(Logits_ptr, offs_row, mask_row, start_h, H, stride_row, BLOCK_H: tl.constexpr):
+    """Code each logit as an int64 with the order of selection: the value first, then the lower index; NaN on top.
+
+    The high 32 bits order like the fp32 value, the low ones fall with the index. -0x7FFFFFFFFFFFFFFF is below them all.
+    """
+    offs_h = start_h + tl.arange(0, BLOCK_H)
+    mask = mask_row[:, None] & (offs_h < H)[None, :]
+    value = tl.load(Logits_ptr + offs_row[:, None] * stride_row + offs_h[None, :], mask=mask, other=0.0).to(tl.float32)
+    bits = value.to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = tl.where(value == 0.0, 0, order)
+    order = tl.where(value != value, 0x7FFFFFFF, order)
+    code = (order.to(tl.int64) << 32) | (0x7FFFFFFF - offs_h).to(tl.int64)[None, :]
+    return tl.where((offs_h < H)[None, :], code, -0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def _select_rows(
+    Logits_ptr,
+    Idx_ptr,
+    W_ptr,
+    start_row,
+    rows,
+    H,
+    stride_row,
+    TOPK: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    offs_row = (start_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    mask_row = offs_row < rows
+    offs_k = tl.arange(0, K_PAD)
+    values = tl.full((BLOCK_ROWS, K_PAD), float("-inf"), dtype=tl.float32)
+    indices = tl.zeros((BLOCK_ROWS, K_PAD), dtype=tl.int32)
+    previous = tl.full((BLOCK_ROWS,), 0x7FFFFFFFFFFFFFFF, dtype=tl.int64)
+    if ONE_BLOCK:
+        codes = _codes(Logits_ptr, offs_row, mask_row, 0, H, stride_row, BLOCK_H)
+    for k in range(TOPK):
+        best = tl.full((BLOCK_ROWS,), -0x7FFFFFFFFFFFFFFF, dtype=tl.int64)
+        if ONE_BLOCK:
+            best = tl.max(tl.where(codes < previous[:, None], codes, -0x7FFFFFFFFFFFFFFF), axis=1)
+        else:
+            for start_h in range(0, H, BLOCK_H):
+                block = _codes(Logits_ptr, offs_row, mask_row, start_h, H, stride_row, BLOCK_H)
+                best = tl.maximum(best, tl.max(tl.where(block < previous[:, None], block, -0x7FFFFFFFFFFFFFFF), axis=1))
+        order = (best >> 32).to(tl.int32)
+        value = tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+        index = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+        values = tl.where(offs_k[None, :] == k, value[:, None], values)
+        indices = tl.where(offs_k[None, :] == k, index[:, None], indices)
+        previous = best
+    exponentials = tl.exp(values - tl.max(values, axis=1)[:, None])
+    exponentials = tl.where(offs_k[None, :] < TOPK, exponentials, 0.0)
+    weights = exponentials / tl.sum(exponentials, axis=1)[:, None]
+    offs_out = offs_row[:, None] * TOPK + offs_k[None, :]
+    mask_out = mask_row[:, None] & (offs_k < TOPK)[None, :]
+    tl.store(Idx_ptr + offs_out, indices, mask=mask_out)
+    tl.store(W_ptr + offs_out, weights, mask=mask_out)
+
+
+@triton.jit
+def _select_kernel(
+    LogitsA_ptr,
+    LogitsB_ptr,
+    Idx_ptr,
+    W_ptr,
+    rows_A,
+    rows_B,
+    H,
+    stride_A,
+    stride_B,
+    TOPK: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs_A = tl.cdiv(rows_A, BLOCK_ROWS)
+    if pid < programs_A:
+        _select_rows(
+            LogitsA_ptr, Idx_ptr, W_ptr, pid * BLOCK_ROWS, rows_A, H, stride_A,
+            TOPK, K_PAD, ONE_BLOCK, BLOCK_ROWS, BLOCK_H,
+        )  # fmt: skip
+    else:
+        offset = rows_A * TOPK
+        _select_rows(
+            LogitsB_ptr, Idx_ptr + offset, W_ptr + offset, (pid - programs_A) * BLOCK_ROWS, rows_B, H, stride_B,
+            TOPK, K_PAD, ONE_BLOCK, BLOCK_ROWS, BLOCK_H,
+        )  # fmt: skip
+
+
+def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Select for the rows of both logits in one launch.
+
+    Args:
+        logits_A, logits_B: (rows_A, num_vectors) and (rows_B, num_vectors), the last dimension contiguous.
+        topk: at most num_vectors.
+    Returns:
+        indices (rows_A + rows_B, topk) int32 and weights of the same shape, fp32; A's rows first.
+    """
+    rows_A, rows_B, H = logits_A.shape[0], logits_B.shape[0], logits_A.shape[1]
+    indices = torch.empty((rows_A + rows_B, topk), dtype=torch.int32, device=logits_A.device)
+    weights = torch.empty((rows_A + rows_B, topk), dtype=torch.float32, device=logits_A.device)
+    config = tuning.select(H, topk)
+    rows = config["BLOCK_ROWS"]
+    launch(
+        _select_kernel,
+        (triton.cdiv(rows_A, rows) + triton.cdiv(rows_B, rows),),
+        LogitsA_ptr=logits_A,
+        LogitsB_ptr=logits_B,
+        Idx_ptr=indices,
+        W_ptr=weights,
+        rows_A=rows_A,
+        rows_B=rows_B,
+        H=H,
+        stride_A=logits_A.stride(0),
+        stride_B=logits_B.stride(0),
+        TOPK=topk,
+        **config,
+    )
+    return indices, weights

@@ -1,0 +1,119 @@
+"""Launch shapes: the fixed defaults of every kernel, per shape class.
+
+A number here that was measured carries its measurement; the others are first choices by arithmetic.
+"""
+
+import torch
+
+# Programs that a launch over a large input should have: two for each multiprocessor of an H100 or H200 (132), so that
+# one computes while the other waits for memory.
+PROGRAMS = 264
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cdiv(n: int, d: int) -> int:
+    return -(-n // d)
+
+
+def terms(dtype: torch.dtype, r: int) -> int:
+    """bf16 terms of an fp32 operand of rank r beside activations of `dtype` (kernels/tiles.py).
+
+    Three lose nothing, and fit where the matrix unit would pad; beyond r = 8 their columns would cost registers.
+    """
+    if dtype == torch.float32:
+        return 1
+    return 3 if r <= 8 else 2
+
+
+def rank_layout(dtype: torch.dtype, r: int) -> dict[str, int]:
+    """Columns in which an operand of rank r meets an activation of `dtype`: at least the 16 of a matrix instruction."""
+    count = terms(dtype, r)
+    copies = {1: 1, 2: 2, 3: 4}[count]
+    return {"R_PAD": max(16 // copies, power_of_2(r)), "COPIES": copies, "TERMS": count}
+
+
+def product_layout(dtype: torch.dtype, r: int) -> dict[str, int]:
+    """Columns over which two fp32 operands of rank r are multiplied, for a result in `dtype`: at least 16."""
+    count = terms(dtype, r)
+    parts = {1: 1, 2: 4, 3: 8}[count]
+    return {"P_PAD": max(16 // parts, power_of_2(r)), "PARTS": parts, "TERMS": count}
+
+
+def input_precision() -> str:
+    """How fp32 activations are multiplied: as `torch.get_float32_matmul_precision()` says.
+
+    "high" allows tf32 or three bf16 products; three tf32 products cost nothing here, where memory is the limit.
+    """
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+
+
+def select(H: int, topk: int) -> dict[str, int]:
+    block_h = min(power_of_2(H), 4096)
+    return {
+        "K_PAD": power_of_2(topk),
+        "ONE_BLOCK": block_h >= H,
+        "BLOCK_ROWS": max(1, 1024 // max(block_h, power_of_2(topk))),
+        "BLOCK_H": block_h,
+        "num_warps": 4,
+    }
+
+
+def block_m(M: int) -> int:
+    return 16 if M <= 16 else 64
+
+
+def shrink_fwd(M: int, K: int) -> dict[str, int]:
+    """SPLIT programs share the columns of one block of rows; each takes COLUMNS of them."""
+    rows, block_k = block_m(M), 128
+    split = max(1, min(PROGRAMS // cdiv(M, rows), cdiv(K, 4 * block_k)))
+    columns = cdiv(cdiv(K, split), block_k) * block_k
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_K": block_k,
+        "COLUMNS": columns,
+        "SPLIT": cdiv(K, columns),
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def expand_fwd(M: int, N: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m(M), "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+
+
+def two_products(M: int, C: int) -> dict[str, int]:
+    """Either pass of backward over an (M, C) activation: a program takes one block of columns and ROWS rows."""
+    rows, block_c = block_m(M), 128
+    chunks = max(1, min(PROGRAMS // cdiv(C, block_c), cdiv(M, rows)))
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_C": block_c,
+        "ROWS": cdiv(cdiv(M, chunks), rows) * rows,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
+    k_pad = power_of_2(topk)
+    return {
+        "K_PAD": k_pad,
+        "BLOCK_V": 32,
+        "BLOCK_E": 32,
+        "BLOCK_C": max(16, min(power_of_2(vector_length), 64)),
+        "BLOCK_ROW": max(16, min(power_of_2(vector_length), 4096 // k_pad)),
+        "BLOCK_H": max(16, min(power_of_2(H), 4096 // k_pad)),
+        "num_warps": 4,
+    }
+
+
+def sum_planes(numel: int) -> dict[str, int]:
+    return {"BLOCK": 1024, "num_warps": 4}
+
+
+def compose(vector_length: int) -> dict[str, int]:
+    return {"BLOCK_ROWS": 16, "BLOCK_C": min(128, max(16, power_of_2(vector_length))), "num_warps": 4}
