@@ -149,7 +149,7 @@ def launch_expand_fwd(
     planes, M, r = s.shape
     y = torch.empty((M, N), dtype=dtype, device=s.device)
     total = s[0] if planes == 1 else torch.empty((M, r), dtype=torch.float32, device=s.device)
-    config = tuning.expand_fwd(M, N)
+    config = tuning.expand_fwd(M, dtype, r)
     launch(
         _expand_fwd_kernel,
         (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])),
@@ -201,7 +201,7 @@ def launch_expand_bwd(
     """
     M, N = dy.shape
     r = s.shape[1]
-    config = tuning.two_products(M, N)
+    config = tuning.two_products(M, N, dy.dtype, r)
     chunks, blocks = triton.cdiv(M, config["ROWS"]), triton.cdiv(N, config["BLOCK_C"])
     ds = torch.empty((blocks, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
     dB = torch.empty((chunks, r, N), dtype=torch.float32, device=dy.device) if need_dB else None

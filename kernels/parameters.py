@@ -137,14 +137,15 @@ def _parameter_grads_kernel(
         programs_B = rows_B
     if pid < programs_A:
         row = pid.to(tl.int64)
-        start_d = row // tiles_A * K + row % tiles_A * VECTOR
+        start_d = (pid // tiles_A).to(tl.int64) * K + pid % tiles_A * VECTOR
         _logits_grad_row(
             row, DA_ptr, start_d, planes_A, stride_Ap, Bank_ptr, Idx_ptr, W_ptr, DLogitsA_ptr, H,
             VECTOR, TOPK, K_PAD, BLOCK_ROW, BLOCK_H,
         )  # fmt: skip
     elif pid < programs_A + programs_B:
-        row = (pid - programs_A).to(tl.int64)
-        start_d = row % R * N + row // R * VECTOR
+        pid_B = pid - programs_A
+        row = pid_B.to(tl.int64)
+        start_d = (pid_B % R).to(tl.int64) * N + pid_B // R * VECTOR
         _logits_grad_row(
             row, DB_ptr, start_d, planes_B, stride_Bp, Bank_ptr, Idx_ptr + rows_A * TOPK,
             W_ptr + rows_A * TOPK, DLogitsB_ptr, H, VECTOR, TOPK, K_PAD, BLOCK_ROW, BLOCK_H,
@@ -181,7 +182,7 @@ def launch_sum_planes(planes: Tensor) -> Tensor:
     if planes.shape[0] == 1:
         return planes[0]
     total = torch.empty_like(planes[0])
-    config = tuning.sum_planes(total.numel())
+    config = tuning.sum_planes()
     launch(
         _sum_planes_kernel,
         (triton.cdiv(total.numel(), config["BLOCK"]),),

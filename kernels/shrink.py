@@ -174,7 +174,7 @@ def launch_shrink_fwd(
         (planes, M, r) fp32.
     """
     M, K = x.shape
-    config = tuning.shrink_fwd(M, K)
+    config = tuning.shrink_fwd(M, K, x.dtype, r)
     planes = config.pop("SPLIT")
     s = torch.empty((planes, M, r), dtype=torch.float32, device=x.device)
     vector_length = vector_bank.shape[1]
@@ -228,7 +228,7 @@ def launch_shrink_bwd(
     """
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
-    config = tuning.two_products(M, K)
+    config = tuning.two_products(M, K, x.dtype, r)
     planes = triton.cdiv(M, config["ROWS"])
     dx = torch.empty((M, K), dtype=x.dtype, device=x.device) if need_dx else None
     dA = torch.empty((planes, r, K), dtype=torch.float32, device=x.device) if need_dA else None

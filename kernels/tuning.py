@@ -48,6 +48,9 @@ def input_precision() -> str:
 
     "high" allows tf32 or three bf16 products; three tf32 products cost nothing here, where memory is the limit.
     """
+    if torch.version.hip is not None:
+        # Triton has no three tf32 products there.
+        return "ieee"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
 
 
@@ -58,60 +61,60 @@ def select(H: int, topk: int) -> dict[str, int]:
         "ONE_BLOCK": block_h >= H,
         "BLOCK_ROWS": max(1, 1024 // max(block_h, power_of_2(topk))),
         "BLOCK_H": block_h,
-        "num_warps": 4,
+        "num_warps": 8 if block_h >= 2048 else 4,
     }
 
 
-def block_m(M: int) -> int:
-    return 16 if M <= 16 else 64
+def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
+    """Rows, launch options and columns of the tile of an activation that one step of a product works on.
+
+    As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m bench.kernels_report).
+    """
+    if dtype == torch.float32:
+        rows, columns, warps, stages = 32, 64, 8, 2
+    elif r > 16:
+        rows, columns, warps, stages = 32, 64, 8, 1
+    elif r > 4 or dtype == torch.float16:
+        rows, columns, warps, stages = 64, 64, 4, 2
+    else:
+        rows, columns, warps, stages = 64, 128, 4, 3
+    return 16 if M <= 16 else rows, {"num_warps": warps, "num_stages": stages}, columns
 
 
-def shrink_fwd(M: int, K: int) -> dict[str, int]:
+def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """SPLIT programs share the columns of one block of rows; each takes COLUMNS of them."""
-    rows, block_k = block_m(M), 128
-    split = max(1, min(PROGRAMS // cdiv(M, rows), cdiv(K, 4 * block_k)))
+    rows, options, block_k = tile(M, dtype, r)
+    split = max(1, min(PROGRAMS // cdiv(M, rows), cdiv(K, 512)))
     columns = cdiv(cdiv(K, split), block_k) * block_k
-    return {
-        "BLOCK_M": rows,
-        "BLOCK_K": block_k,
-        "COLUMNS": columns,
-        "SPLIT": cdiv(K, columns),
-        "num_warps": 4,
-        "num_stages": 3,
-    }
+    return {"BLOCK_M": rows, "BLOCK_K": block_k, "COLUMNS": columns, "SPLIT": cdiv(K, columns), **options}
 
 
-def expand_fwd(M: int, N: int) -> dict[str, int]:
-    return {"BLOCK_M": block_m(M), "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+def expand_fwd(M: int, dtype: torch.dtype, r: int) -> dict[str, int]:
+    rows, options, columns = tile(M, dtype, r)
+    return {"BLOCK_M": rows, "BLOCK_N": columns, **options}
 
 
-def two_products(M: int, C: int) -> dict[str, int]:
+def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """Either pass of backward over an (M, C) activation: a program takes one block of columns and ROWS rows."""
-    rows, block_c = block_m(M), 128
-    chunks = max(1, min(PROGRAMS // cdiv(C, block_c), cdiv(M, rows)))
-    return {
-        "BLOCK_M": rows,
-        "BLOCK_C": block_c,
-        "ROWS": cdiv(cdiv(M, chunks), rows) * rows,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
+    rows, options, columns = tile(M, dtype, r)
+    chunks = max(1, min(PROGRAMS // cdiv(C, columns), cdiv(M, rows)))
+    return {"BLOCK_M": rows, "BLOCK_C": columns, "ROWS": cdiv(cdiv(M, chunks), rows) * rows, **options}
 
 
 def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     k_pad = power_of_2(topk)
     return {
         "K_PAD": k_pad,
-        "BLOCK_V": 32,
-        "BLOCK_E": 32,
+        "BLOCK_V": 64 if H >= 1024 else 16,
+        "BLOCK_E": 16,
         "BLOCK_C": max(16, min(power_of_2(vector_length), 64)),
-        "BLOCK_ROW": max(16, min(power_of_2(vector_length), 4096 // k_pad)),
-        "BLOCK_H": max(16, min(power_of_2(H), 4096 // k_pad)),
+        "BLOCK_ROW": max(16, min(power_of_2(vector_length), 512 // k_pad)),
+        "BLOCK_H": max(16, min(power_of_2(H), 512 // k_pad)),
         "num_warps": 4,
     }
 
 
-def sum_planes(numel: int) -> dict[str, int]:
+def sum_planes() -> dict[str, int]:
     return {"BLOCK": 1024, "num_warps": 4}
 
 
