@@ -97,15 +97,19 @@ def _read(kernel: Any, target: str, arguments: dict[str, Any]) -> Compiled:
     if "cubin" in kernel.asm:
         binary = kernel.asm["cubin"]
         usage = _cuda_tool("cuobjdump", "--dump-resource-usage", binary)
-        registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-        spills = stack + local
+        registers, spills = _number("REG:", usage), _number("STACK:", usage) + _number("LOCAL:", usage)
     else:
-        text = kernel.asm["amdgcn"]
-        binary = text.encode()
-        registers, spills = (
-            int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
-        )  # type: ignore[index]
+        usage = kernel.asm["amdgcn"]
+        binary = usage.encode()
+        registers, spills = _number(r"\.vgpr_count:\s+", usage), _number(r"\.vgpr_spill_count:\s+", usage)
     return Compiled(kernel.metadata.name, target, arguments, registers, kernel.metadata.shared, spills, binary)
+
+
+def _number(label: str, text: str) -> int:
+    match = re.search(label + r"(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"The compiler's report has no {label!r}:\n{text[:2000]}")
+    return int(match[1])
 
 
 def sass(compiled: Compiled) -> str:

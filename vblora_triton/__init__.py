@@ -1,3 +1,65 @@
 """Fused Triton kernels for VB-LoRA and VeRA, in adapter layers that interchange with Hugging Face PEFT's."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vblora_triton.tuner.config import AdapterFileError, PeftConfig, PeftType, TaskType
+from vblora_triton.vblora.config import VBLoRAConfig
+
+if TYPE_CHECKING:
+    from vblora_triton import ops
+    from vblora_triton.ops import use_backend
+    from vblora_triton.peft_model import PeftModel, get_peft_model
+    from vblora_triton.task_models import (
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
+    from vblora_triton.vblora.model import VBLoRAModel
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterFileError",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "VBLoRAConfig",
+    "VBLoRAModel",
+    "get_peft_model",
+    "ops",
+    "use_backend",
+]
+
+# Imported when first asked for: they need torch and transformers, which take seconds.
+_HOMES = {
+    "use_backend": "ops",
+    "PeftModel": "peft_model",
+    "get_peft_model": "peft_model",
+    "VBLoRAModel": "vblora.model",
+    **{name: "task_models" for name in __all__ if name.startswith("PeftModelFor")},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("vblora_triton.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vblora_triton' has no attribute {name!r}")
+    value = getattr(import_module(f"vblora_triton.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

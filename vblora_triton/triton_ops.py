@@ -38,7 +38,8 @@ def unfit(topk: int, r: int, num_vectors: int, *tensors: Tensor) -> tuple[type[E
         return ValueError, f"topk is {topk}, its limit {MAX_TOPK}"
     if num_vectors > MAX_VECTORS:
         return ValueError, f"the bank has {num_vectors} vectors, its limit is {MAX_VECTORS}"
-    reason = _unfit_device(tensors[0].device)
+    # Nothing that asks a device can be traced; a graph is compiled for one that runs it.
+    reason = None if torch.compiler.is_compiling() else _unfit_device(tensors[0].device)
     return None if reason is None else (ValueError, reason)
 
 
@@ -198,7 +199,11 @@ def _linear_bwd_fake(
         (shape_B, dtype_B),
         (vector_bank.shape, vector_bank.dtype),
     )
-    return [x.new_empty(tuple(shape), dtype=dtype) for (shape, dtype), need in zip(shapes_dtypes, needs, strict=True) if need]
+    return [
+        x.new_empty(tuple(shape), dtype=dtype)
+        for (shape, dtype), need in zip(shapes_dtypes, needs, strict=True)
+        if need
+    ]
 
 
 def _scatter(needs: list[bool], grads: list[Tensor]) -> list[Tensor | None]:

@@ -1,0 +1,42 @@
+"""What README.md shows works."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, OPTConfig
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=256, ffn_dim=512, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=256
+    )
+    original = AutoModelForCausalLM.from_config(config)
+    original.save_pretrained(tmp_path / "facebook" / "opt-125m")
+    # In place of the download.
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    assert isinstance(names["optimizer"], torch.optim.AdamW)
+    tokens = torch.arange(8)[None]
+    merged, adapted = names["merged"].eval()(tokens).logits, names["model"].eval()(tokens).logits
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4)
+    assert (merged - original.eval()(tokens).logits).abs().max() > 1e-4
+
+
+def test_map_of_the_readme_names_only_what_exists():
+    root = Path(__file__).parents[1]
+    (code_map,) = re.findall(r"## Map of the code\n\n```\n(.*?)```", README, re.DOTALL)
+    package = False
+    for line in code_map.splitlines():
+        name = line.split()[0]
+        package = line.startswith("  ")
+        assert (root / "vblora_triton" / name if package else root / name).exists(), line
+    shown = set(re.findall(r"[\w/]+\.py|\w+(?=/)", code_map)) | {"kernels"}
+    for path in (root / "vblora_triton").iterdir():
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__", "integrations"):
+            assert path.name in shown, f"{path.name} is not on the map"

@@ -1,0 +1,249 @@
+"""Adapter files: a folder with adapter_model.safetensors, adapter_config.json and a model card, as PEFT has it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vblora_triton.tuner.config import CONFIG_NAME, AdapterFileError, replacing
+from vblora_triton.tuner.keys import adapter_keys
+from vblora_triton.tuner.layer import MergingLayer
+from vblora_triton.tuner.model import BaseTuner
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+
+# Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
+_WRAPPER_BIAS = re.compile(r"\.(original_module|modules_to_save)\..*bias$")
+
+
+class LoadResult(NamedTuple):
+    """What was left over when an adapter was loaded: nothing, for a file that does not fit is refused."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def adapter_folder(save_directory: str | os.PathLike, adapter_name: str) -> Path:
+    """Return where an adapter goes: "default" into the folder itself, another into a folder of its name inside."""
+    return Path(save_directory) if adapter_name == "default" else Path(save_directory, adapter_name)
+
+
+def adapter_state_dict(
+    tuner: BaseTuner, adapter_name: str, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return what the file of an adapter holds, by key.
+
+    Args:
+        tuner: the model with the adapter.
+        adapter_name: which.
+        state_dict: take the tensors from this state dict of the PeftModel, instead of the model itself.
+    Raises:
+        ValueError: the state dict lacks parameters of the adapter, or the adapter cannot be saved in this form.
+    """
+    keys = adapter_keys(tuner, adapter_name)
+    if state_dict is None:
+        tensors = tuner.adapter_tensors(adapter_name)
+    else:
+        lacking = [live for live in keys.values() if live not in state_dict]
+        if lacking:
+            raise ValueError(
+                f"`state_dict` lacks {_some(lacking)} of adapter {adapter_name!r}; give the state dict of "
+                "the whole PeftModel, or leave it out."
+            )
+        tensors = {key: state_dict[live] for key, live in keys.items()}
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"Adapter {adapter_name!r} has no values yet: {_some(empty)} is on the meta device; load or "
+            "initialise it before saving."
+        )
+    packed = tuner.pack(tuner.peft_config[adapter_name], {key: tensor.detach() for key, tensor in tensors.items()})
+    return _apart(packed)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring tensors to the CPU, contiguous, and no two in the same storage, as safetensors wants them."""
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        apart[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(tensor.untyped_storage().data_ptr())
+    return apart
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config_text: str, card: str, safe: bool = True) -> None:
+    """Write an adapter's weights, configuration and model card into a folder; atomically, each beside the old one.
+
+    Both files are complete before the first takes its place. A model card that is there is left alone.
+
+    Args:
+        safe: safetensors; else torch.save. The other kind's file is removed, for a reader would prefer one of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name, other = (SAFETENSORS_NAME, BIN_NAME) if safe else (BIN_NAME, SAFETENSORS_NAME)
+    with replacing(folder / name) as weights, replacing(folder / CONFIG_NAME) as config:
+        if safe:
+            save_file(tensors, weights, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, weights)
+        config.write_text(config_text, encoding="utf-8")
+    (folder / other).unlink(missing_ok=True)
+    if not (folder / "README.md").exists():
+        with replacing(folder / "README.md") as readme:
+            readme.write_text(card, encoding="utf-8")
+
+
+def model_card(config: Any) -> str:
+    """Return a minimal model card for an adapter."""
+    base = config.base_model_name_or_path
+    method = {"VBLORA": "VB-LoRA", "VERA": "VeRA"}.get(str(config.peft_type.value), config.peft_type.value)
+    head = [
+        "---",
+        *([f'base_model: "{base}"'] if base else []),
+        "library_name: peft",
+        "tags:",
+        "- vblora-triton",
+        f"- {config.peft_type.value.lower()}",
+        "---",
+    ]
+    lines = [
+        f"# {method} adapter",
+        "",
+        f"An adapter for {f'`{base}`' if base else 'a base model'}; its settings are in `{CONFIG_NAME}`.",
+        "",
+        "```python",
+        "from vblora_triton import PeftModel",
+        "",
+        "model = PeftModel.from_pretrained(base_model, folder)",
+        "```",
+        "",
+    ]
+    return "\n".join([*head, "", *lines])
+
+
+def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Read the weights of an adapter's folder, from safetensors or, where there are none, from PEFT's .bin.
+
+    Returns:
+        The file that was read, and its tensors by key, on the CPU.
+    Raises:
+        AdapterFileError: no such file, or one that cannot be read.
+    """
+    path = folder / SAFETENSORS_NAME
+    if not path.is_file():
+        path = folder / BIN_NAME
+        if not path.is_file():
+            raise AdapterFileError(
+                f"There is neither {SAFETENSORS_NAME} nor {BIN_NAME} in {str(folder)!r}; give the "
+                "folder of a saved adapter."
+            )
+    try:
+        if path.name == SAFETENSORS_NAME:
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, EOFError, AttributeError) as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # torch.load lets any error of a broken pickle through
+        raise AdapterFileError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
+        raise AdapterFileError(f"{path} holds no dictionary of named tensors.")
+    return path, tensors
+
+
+def check_adapter(
+    tuner_class: type[BaseTuner], config: Any, expected: dict[str, tuple[int, ...]], folder: Path
+) -> tuple[dict[str, Tensor], bool]:
+    """Read an adapter's weights and check that they are what a model expects. Touches no model.
+
+    Args:
+        expected: file key -> shape, of the adapter in its full form.
+    Returns:
+        file key -> parameter, and whether these serve inference only.
+    Raises:
+        AdapterFileError: missing or unknown keys, wrong shapes or dtypes, values that are not finite, indices out of
+            range; one error that names them all.
+    """
+    path, stored = read_tensors(folder)
+    if getattr(config, "bias", "none") == "all":
+        stored = {key: tensor for key, tensor in stored.items() if not _WRAPPER_BIAS.search(key)}
+    broken: dict[str, str] = {}
+    tensors, inference_only = tuner_class.unpack(config, stored, expected, broken)
+    missing = [key for key in expected if key not in tensors and key not in broken]
+    unknown = [key for key in tensors if key not in expected]
+    problems = [
+        *([f"missing {_some(missing)}"] if missing else []),
+        *([f"unknown {_some(unknown)}"] if unknown else []),
+    ]
+    for key, shape in expected.items():
+        problem = _tensor_problem(key, tensors[key], shape) if key in tensors else broken.get(key)
+        if problem:
+            problems.append(f"{key}: {problem}")
+    if problems:
+        raise AdapterFileError(f"{path} does not fit the model and {CONFIG_NAME}: {_some(problems, '; ')}.")
+    return tensors, inference_only
+
+
+def _tensor_problem(key: str, tensor: Tensor, shape: tuple[int, ...]) -> str | None:
+    if tuple(tensor.shape) != tuple(shape):
+        return f"shape {tuple(tensor.shape)}, {tuple(shape)} is needed"
+    if not tensor.is_floating_point():
+        # A module that is saved whole may count something in integers.
+        return f"dtype {tensor.dtype}, a floating one is needed" if "vblora_" in key or "vera_" in key else None
+    if ".vblora_logits_" in key:
+        # -inf is an entry that is not selected: a top-k file read and saved again in full by another writer.
+        if torch.isnan(tensor).any() or torch.isposinf(tensor).any() or torch.isneginf(tensor).all(-1).any():
+            return "logits that are NaN or infinite"
+    elif not torch.isfinite(tensor).all():
+        return "values that are not finite"
+    return None
+
+
+def fill_adapter(
+    tuner: BaseTuner, adapter_name: str, tensors: dict[str, Tensor], inference_only: bool, dtype: torch.dtype | None
+) -> None:
+    """Put checked parameters into an adapter that is on the model.
+
+    A parameter that has values keeps its identity, for an optimizer may hold it; one on the meta device is replaced.
+
+    Args:
+        tensors: file key -> value, from `check_adapter`.
+        inference_only: the adapter is to stay frozen.
+        dtype: of parameters that were on the meta device; None keeps the file's.
+    """
+    with torch.no_grad():
+        for key, live in adapter_keys(tuner, adapter_name).items():
+            owner_name, _, leaf = live.removeprefix("base_model.").rpartition(".")
+            owner = tuner.get_submodule(owner_name)
+            current = getattr(owner, leaf)
+            if current.is_meta and isinstance(owner, nn.ParameterDict):
+                value = tensors[key].to(_device(tuner, owner_name), dtype)
+                setattr(owner, leaf, nn.Parameter(value, requires_grad=current.requires_grad))
+            else:
+                current.copy_(tensors[key])
+    tuner.mark_inference_only(adapter_name, inference_only)
+
+
+def _device(tuner: BaseTuner, owner_name: str) -> torch.device:
+    """Return where a parameter of an adapter belongs: with its layer's weight, or where the model begins."""
+    layer = tuner.get_submodule(owner_name.rpartition(".")[0])
+    weight = layer.weight if isinstance(layer, MergingLayer) else next(tuner.model.parameters())
+    # A model without values, too, can be given an adapter that has them.
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def _some(items: list[str], separator: str = ", ", most: int = 12) -> str:
+    """Join items, the first dozen of many."""
+    more = f"{separator}and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more

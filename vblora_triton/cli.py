@@ -1,0 +1,220 @@
+"""The command `vblora-triton`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vblora_triton import __version__
+
+_DESCRIPTION = """\
+Fine-tune a causal language model on text with VB-LoRA, then save the adapter, reload it, merge it, and check that all
+of them compute the same.
+
+Without --model, a small byte-level Llama is first trained from scratch on English text that comes with Python, and
+without --data it is adapted to Python source code that comes with Python: nothing is downloaded, and it takes a few
+minutes on a laptop. The end of the text (a tenth, at most 256 sequences) is held out to measure the loss on."""
+
+_EPILOG = """\
+written to the output folder:
+  adapter/        the adapter with its full logits: to train further, to use, to merge
+  adapter-topk/   the selected vectors and their weights alone, far smaller: to use and to merge
+  base/           the base model, where it was trained here
+  report.json     the numbers of the table
+  loss.png        the losses, where matplotlib is installed
+
+examples:
+  vblora-triton finetune --output build/demo
+  vblora-triton finetune --data notes.txt --steps 500 --output notes
+  vblora-triton finetune --model ./my-llama --data train.txt --target-modules q_proj v_proj --output out
+
+The exit code is 0 when the results are written, 2 when something asked for cannot be done (nothing is written)."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def _int_from(minimum: int, maximum: int | None = None) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum or (maximum is not None and value > maximum):
+            wanted = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {wanted}")
+        return value
+
+    return parse
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, such as 1e-3")
+    return value
+
+
+def _targets(values: list[str]) -> str | tuple[str, ...]:
+    """Tell names apart from what is written as one string: "all-linear" or a regular expression."""
+    if values == ["all-linear"] or (len(values) == 1 and not re.fullmatch(r"[\w.]+", values[0])):
+        return values[0]
+    return tuple(values)
+
+
+# group -> option -> its settings for argparse; the order is that of --help.
+_FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "what to train on what": {
+        "--model": {
+            "metavar": "DIR|ID",
+            "help": "a causal language model: a directory written by save_pretrained, or a hub id "
+            "(default: a small one made on the spot)",
+        },
+        "--data": {"nargs": "+", "default": [], "metavar": "FILE", "help": "UTF-8 text files (default: Python source)"},
+        "--output": {
+            "required": True,
+            "metavar": "DIR",
+            "help": "folder for the results; made if need be, and only earlier results in it are replaced",
+        },
+    },
+    "the adapter": {
+        "--method": {"choices": ["vblora"], "default": "vblora", "help": "default: %(default)s"},
+        "--r": {
+            "type": _int_from(1),
+            "default": 4,
+            "metavar": "R",
+            "help": "rank of the update (default: %(default)s)",
+        },
+        "--num-vectors": {
+            "type": _int_from(1),
+            "metavar": "H",
+            "help": "vectors in the shared bank (default: 256; 64 for the small default model)",
+        },
+        "--vector-length": {
+            "type": _int_from(1),
+            "metavar": "B",
+            "help": "length of a vector; must divide the inputs and outputs of every targeted layer "
+            "(default: the longest that does, at most 256)",
+        },
+        "--topk": {
+            "type": _int_from(1),
+            "default": 2,
+            "metavar": "K",
+            "help": "vectors mixed into each piece of the matrices, at most H (default: %(default)s)",
+        },
+        "--target-modules": {
+            "nargs": "+",
+            "default": ["all-linear"],
+            "metavar": "NAME",
+            "help": "names of the layers to adapt, such as q_proj v_proj; or one regular expression for whole names; "
+            "or all-linear, all but the output head (default: all-linear)",
+        },
+    },
+    "the training": {
+        "--steps": {"type": _int_from(1), "default": 250, "metavar": "N", "help": "default: %(default)s"},
+        "--batch-size": {
+            "type": _int_from(1),
+            "default": 16,
+            "metavar": "N",
+            "help": "sequences in a step (default: %(default)s)",
+        },
+        "--seq-len": {
+            "type": _int_from(2),
+            "default": 128,
+            "metavar": "N",
+            "help": "tokens in a sequence (default: %(default)s)",
+        },
+        "--lr": {
+            "type": _rate,
+            "metavar": "LR",
+            "help": "one learning rate for bank and logits, where theirs is not given",
+        },
+        "--vector-bank-lr": {
+            "type": _rate,
+            "metavar": "LR",
+            "help": "learning rate of the vector bank (default: 1e-3, the paper's; 1e-2 for the small default model)",
+        },
+        "--logits-lr": {
+            "type": _rate,
+            "metavar": "LR",
+            "help": "learning rate of the logits (default: 1e-2, the paper's; 1e-1 for the small default model)",
+        },
+        "--seed": {
+            # The generators' range: numpy's, which Trainer seeds too, is the narrowest.
+            "type": _int_from(0, 2**32 - 1),
+            "default": 0,
+            "metavar": "N",
+            "help": "the same seed gives the same run on the same machine (default: %(default)s)",
+        },
+        # How long the small default model is trained; for tests, which have no use for a good one.
+        "--pretraining-steps": {"type": _int_from(1), "default": 150, "help": argparse.SUPPRESS},
+    },
+    "the machine": {
+        "--backend": {
+            "choices": ["auto", "triton", "reference"],
+            "default": "auto",
+            "help": "triton: the fused kernels, on a GPU; reference: plain PyTorch; auto: the kernels where they run "
+            "(default: %(default)s)",
+        },
+        "--dtype": {
+            "choices": ["float32", "bfloat16", "float16"],
+            "help": "of the base model; adapters are always float32 (default: float32; bfloat16 for --model on a GPU)",
+        },
+    },
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vblora-triton", description="VB-LoRA with fused Triton kernels.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=_Parser)
+    finetune = commands.add_parser(
+        "finetune",
+        help="fine-tune a model on text, save, reload, merge and compare",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for title, options in _FINETUNE_OPTIONS.items():
+        group = finetune.add_argument_group(title)
+        for name, settings in options.items():
+            group.add_argument(name, **settings)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: those after the command's name; sys.argv's by default.
+    Returns:
+        The exit code: 0, or 2 where something asked for cannot be done. argparse exits with 2 by itself.
+    """
+    options = vars(_parser().parse_args(arguments))
+    options.pop("command")
+    options["target_modules"] = _targets(options["target_modules"])
+    options["data"] = tuple(options["data"])
+    # Not at the top: --help and a mistyped option need not wait for transformers.
+    from vblora_triton.finetune import InputError, Options, finetune
+
+    try:
+        finetune(Options(**options))
+    except InputError as error:
+        print(f"vblora-triton finetune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vblora-triton finetune: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,106 @@
+"""The output folder: all of a run's results appear in it at once, or none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vblora_triton.finetune.data import InputError
+
+FULL = "adapter"
+TOPK = "adapter-topk"
+BASE = "base"
+REPORT = "report.json"
+PLOT = "loss.png"
+# The report comes last, so that a folder with a report is a complete one.
+RESULTS = (BASE, FULL, TOPK, PLOT, REPORT)
+
+
+def check_output(output: Path) -> None:
+    """Check that results can be written; leaves nothing behind.
+
+    Raises:
+        InputError: the folder cannot be made or written, or holds something else under the names of the results.
+    """
+    taken = [name for name in RESULTS if os.path.lexists(output / name)]
+    if taken and REPORT not in taken:
+        raise InputError(
+            f"--output {output} already holds {', '.join(taken)}, but no {REPORT} of an earlier run, so it would be "
+            "overwritten unasked; choose another folder."
+        )
+    with _workspace(output) as workspace:
+        try:
+            (workspace / "probe").write_bytes(b"probe")
+        except OSError as error:
+            raise _unwritable(output, error) from None
+
+
+@contextmanager
+def all_or_nothing(output: Path) -> Iterator[Path]:
+    """Give a new folder to write results to; when the block ends well they replace those in `output`.
+
+    An exception leaves `output` as it was, and absent if it was absent. Other files in it are never touched.
+
+    Raises:
+        InputError: `output` cannot be written; also raised for every OSError in the block.
+    """
+    with _workspace(output) as workspace:
+        new, old = workspace / "new", workspace / "old"
+        try:
+            new.mkdir()
+            old.mkdir()
+            yield new
+            _replace(new, output, old)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(output, error) from error
+
+
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    missing = [path for path in (output, *output.parents) if not os.path.lexists(path)]
+    workspace = None
+    try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            # Inside the output folder, so that it is on the same file system and moving is renaming.
+            workspace = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output))
+        except OSError as error:
+            raise _unwritable(output, error) from None
+        yield workspace
+    finally:
+        if workspace is not None:
+            shutil.rmtree(workspace, ignore_errors=True)
+        # Only what was made here and has stayed empty: rmdir refuses the rest.
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _replace(new: Path, output: Path, old: Path) -> None:
+    """Move results into the output folder and former ones out of it; undo everything when one move fails."""
+    done: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        if os.path.lexists(source):
+            source.rename(target)
+            done.append((source, target))
+
+    try:
+        for name in RESULTS:
+            move(output / name, old / name)
+            move(new / name, output / name)
+    except OSError:
+        for source, target in reversed(done):
+            target.rename(source)
+        raise
+
+
+def _unwritable(output: Path, error: Exception) -> InputError:
+    what = error.strerror or error if isinstance(error, OSError) else error
+    return InputError(f"--output {output} cannot be written ({what}); give a folder that can be made and written to.")

@@ -1,0 +1,193 @@
+"""A whole fine-tuning run: train, save, reload, merge, compare, report."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vblora_triton.finetune import base as bases
+from vblora_triton.finetune import output as outputs
+from vblora_triton.finetune import report as reports
+from vblora_triton.finetune.data import InputError
+from vblora_triton.finetune.plan import Options, Plan, check
+from vblora_triton.finetune.training import held_out_loss, logits, step_milliseconds, train
+from vblora_triton.ops import use_backend
+from vblora_triton.optim import parameter_groups
+from vblora_triton.peft_model import PeftModel, get_peft_model
+
+# How many tokens' logits are compared: enough to see a difference, few enough to hold those of a large vocabulary.
+COMPARED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A trained model and what was measured on it.
+
+    losses: (step, training loss).    step_ms: backend -> milliseconds of a training step; empty on a CPU.
+    """
+
+    model: PeftModel
+    base_bytes: int
+    loss_before: float
+    loss_after: float
+    losses: list[tuple[int, float]]
+    seconds: float
+    step_ms: dict[str, float]
+
+
+def finetune(options: Options) -> None:
+    """Fine-tune, write the results to `options.output`, and print what was measured.
+
+    Raises:
+        InputError: something asked for cannot be done. Nothing has been written.
+    """
+    with bases.quiet():
+        plan = check(options)
+    print(f"VB-LoRA on {plan.base.title}: {len(plan.layers)} layers, backend {plan.backend} on {plan.device}.")
+    with tempfile.TemporaryDirectory() as scratch, use_backend(options.backend):
+        source = plan.base.source or str(Path(scratch) / outputs.BASE)
+        if plan.base.source is None:
+            print("First the base model itself, from scratch, on English text (pydoc's help topics):", flush=True)
+            with bases.quiet():
+                bases.train_embedded(
+                    plan.base.config,
+                    source,
+                    dtype=plan.dtype,
+                    steps=options.pretraining_steps,
+                    seed=options.seed,
+                    use_cpu=plan.device.type == "cpu",
+                )
+            text = "the given text" if options.data else "Python source code (the standard library)"
+            print(f"Now it is frozen and adapted to {text}:", flush=True)
+        # Not for a model from the hub, whose download shows its progress.
+        with bases.quiet() if os.path.isdir(source) else nullcontext():
+            model = bases.load(source, plan.dtype)
+        with bases.quiet():
+            try:
+                adapted = _adapt(plan, model)
+                report = _write(plan, adapted, source)
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"The GPU's memory does not hold it ({bases.one_line(error)}); lower --batch-size or --seq-len, or "
+                    "give a narrower --dtype."
+                ) from None
+    tokens = plan.sequences.held_out[:, 1:].numel()
+    print()
+    print(reports.table(report, plan.base.title, held_out_tokens=tokens, r=options.r, step_ms=adapted.step_ms))
+    written = ", ".join(name for name in outputs.RESULTS if (plan.output / name).exists())
+    print(f"\nWritten to {plan.output}: {written}")
+
+
+def _adapt(plan: Plan, model: nn.Module) -> Adapted:
+    """Put the adapter on a base model and train it."""
+    options, held_out = plan.options, plan.sequences.held_out
+    model.to(plan.device)
+    base_bytes = reports.model_bytes(model)
+    before = held_out_loss(model, held_out, options.batch_size)
+    if not math.isfinite(before):
+        raise InputError(
+            f"The loss of {plan.base.title} is {before} before any training; its weights are broken, or --dtype is too "
+            "narrow for it: try float32."
+        )
+    torch.manual_seed(options.seed)
+    adapted = get_peft_model(model, plan.config)
+    start = time.perf_counter()
+    losses = train(
+        adapted,
+        plan.sequences.train,
+        parameter_groups(adapted, vector_bank_lr=plan.vector_bank_lr, logits_lr=plan.logits_lr),
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        what="adapter",
+        use_cpu=plan.device.type == "cpu",
+        scale_loss=plan.device.type == "cuda" and plan.dtype == torch.float16,
+    )
+    seconds = time.perf_counter() - start
+    after = held_out_loss(adapted, held_out, options.batch_size)
+    if not math.isfinite(after):
+        raise InputError(
+            f"Training diverged: the held-out loss went from {before:.4f} to {after}. Nothing was written; lower "
+            f"--vector-bank-lr ({plan.vector_bank_lr:g}) and --logits-lr ({plan.logits_lr:g})."
+        )
+    return Adapted(adapted, base_bytes, before, after, losses, seconds, _step_times(plan, adapted))
+
+
+def _step_times(plan: Plan, model: nn.Module) -> dict[str, float]:
+    """Time a training step with both backends, where kernels ran on a GPU; a CPU's times say nothing about them."""
+    if plan.device.type != "cuda" or plan.backend != "triton":
+        return {}
+    batch = plan.sequences.train[: plan.options.batch_size]
+    return {backend: step_milliseconds(model, batch, backend) for backend in ("triton", "reference")}
+
+
+def _write(plan: Plan, adapted: Adapted, source: str) -> reports.Report:
+    """Save the adapter in both forms, compare what comes back, and write the report; all of it or nothing."""
+    model = adapted.model
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with outputs.all_or_nothing(plan.output) as folder:
+        _save(plan, model, folder, source)
+        sizes = {"base": adapted.base_bytes}
+        for key, name in (("full", outputs.FULL), ("topk", outputs.TOPK)):
+            sizes[key] = (folder / name / "adapter_model.safetensors").stat().st_size
+        sizes["lora"] = reports.lora_bytes(plan.layers, plan.options.r)
+        report = reports.Report(
+            method=plan.options.method,
+            backend=plan.backend,
+            loss_before=adapted.loss_before,
+            loss_after=adapted.loss_after,
+            trainable_parameters=trainable,
+            bytes=sizes,
+            max_abs_diff=_differences(plan, model, folder, source),
+            steps=plan.options.steps,
+            seconds=round(adapted.seconds, 3),
+        )
+        report.write(folder / outputs.REPORT)
+        reports.plot(folder / outputs.PLOT, adapted.losses, report)
+    return report
+
+
+def _save(plan: Plan, model: PeftModel, folder: Path, source: str) -> None:
+    config = model.peft_config["default"]
+    if plan.base.source is None:
+        # Contents alone: some of its files are private to this user.
+        shutil.copytree(source, folder / outputs.BASE, copy_function=shutil.copyfile)
+        # Where the copy will be found when the folder is in its place.
+        config.base_model_name_or_path = str((plan.output / outputs.BASE).absolute())
+    for only_topk, name in ((False, outputs.FULL), (True, outputs.TOPK)):
+        config.save_only_topk_weights = only_topk
+        model.save_pretrained(str(folder / name))
+    config.save_only_topk_weights = False
+
+
+def _differences(plan: Plan, model: PeftModel, folder: Path, source: str) -> dict[str, float]:
+    """Compare the logits of the trained model with those of the reloaded and the merged one; `model` is used up."""
+    held_out = plan.sequences.held_out
+    compared = held_out[: max(1, COMPARED_TOKENS // held_out.shape[1])]
+    trained = logits(model, compared)
+    merged_model = model.merge_and_unload()
+    merged = logits(merged_model, compared)
+    # Callers still hold it, and the next model needs its memory.
+    merged_model.to("meta")
+
+    def reloaded(name: str) -> Tensor:
+        base = bases.load(source, plan.dtype).to(plan.device)
+        return logits(PeftModel.from_pretrained(base, str(folder / name)).eval(), compared)
+
+    def largest(other: Tensor) -> float:
+        return (other.double() - trained.double()).abs().max().item()
+
+    return {
+        "reloaded_full": largest(reloaded(outputs.FULL)),
+        "reloaded_topk": largest(reloaded(outputs.TOPK)),
+        "merged": largest(merged),
+    }

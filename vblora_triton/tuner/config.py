@@ -1,0 +1,297 @@
+"""The configuration that every adapter method shares, and how a configuration becomes `adapter_config.json`.
+
+Standard library only, so that reading a configuration costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+CONFIG_NAME = "adapter_config.json"
+
+_Config = TypeVar("_Config", bound="PeftConfig")
+
+
+class AdapterFileError(ValueError):
+    """A file of an adapter cannot be used; the message names the file and everything found wrong with it."""
+
+
+class PeftType(str, Enum):
+    """The adapter methods, under the names that adapter_config.json uses."""
+
+    VBLORA = "VBLORA"
+    VERA = "VERA"
+
+
+class TaskType(str, Enum):
+    """What the adapted model is for; chooses the task class of `get_peft_model`."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    An exception, a full disk or a killed process leaves the old file as it was.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes the file private; give it the permissions that a plain open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_int(name: str, value: Any, minimum: int = 1) -> None:
+    """Raise TypeError unless `value` is an int (no bool), ValueError unless it is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); give an int of at least {minimum}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` is {value}; give an int of at least {minimum}.")
+
+
+def check_float(name: str, value: Any, low: float, high: float, wanted: str) -> None:
+    """Raise TypeError unless `value` is a real number, ValueError unless low <= value <= high and it is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); give {wanted}.")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"`{name}` is {value}; give {wanted}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+
+def name_set(name: str, value: Any) -> set[str] | str | None:
+    """Turn a list of module names into a set; leave a pattern or None alone.
+
+    Raises:
+        TypeError: neither names, nor a string, nor None.
+        ValueError: a string that is no regular expression.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` is {value!r}, which is no regular expression ({error}); give a list of "
+                "module names, or an expression that matches whole names."
+            ) from error
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
+        return set(value)
+    raise TypeError(f"`{name}` is {value!r}; give a list of module names or one regular expression.")
+
+
+def check_layers(layers_to_transform: Any, layers_pattern: Any, target_modules: Any) -> None:
+    """Check the two fields that restrict an adapter to some of the numbered layers.
+
+    Raises:
+        TypeError: `layers_to_transform` is not an int or ints, `layers_pattern` not a string or strings.
+        ValueError: a negative number; a pattern without numbers; numbers beside a `target_modules` string.
+    """
+    if layers_to_transform is not None:
+        numbers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+        if not isinstance(numbers, (list, tuple)):
+            raise TypeError(f"`layers_to_transform` is {layers_to_transform!r}; give a layer number or a list of them.")
+        for number in numbers:
+            check_int("layers_to_transform", number, minimum=0)
+        if isinstance(target_modules, str):
+            raise ValueError(
+                f"`layers_to_transform` is {layers_to_transform!r}, but `target_modules` is the string "
+                f"{target_modules!r}, beside which it has no effect; give `target_modules` as a list, or write the "
+                "layer numbers into the expression."
+            )
+    if layers_pattern is not None:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(item, str) for item in patterns):
+            raise TypeError(f"`layers_pattern` is {layers_pattern!r}; give a name such as 'layers', or a list of them.")
+        for pattern in patterns:
+            name_set("layers_pattern", pattern)
+        if patterns and layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` is {layers_pattern!r}, but `layers_to_transform` is None; say which of these "
+                "layers to adapt, or leave `layers_pattern` out."
+            )
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter's configuration holds.
+
+    Args:
+        task_type: a `TaskType`, its name, or None.
+        peft_type: the method; a subclass sets it.
+        auto_mapping: {"base_model_class", "parent_library"} of the base model, where there is no task type.
+        peft_version: the version that wrote the file; carried, not interpreted.
+        base_model_name_or_path: where the base model came from; filled in by `get_peft_model`.
+        revision: the revision of the base model.
+        inference_mode: the adapter is frozen when it is put on a model.
+    Raises:
+        ValueError, TypeError: a field that cannot be; the message names it.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    _peft_type: ClassVar[PeftType | None] = None
+    _classes: ClassVar[dict[str, type[PeftConfig]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls._peft_type is not None:
+            PeftConfig._classes[cls._peft_type.value] = cls
+
+    def __post_init__(self) -> None:
+        if self._peft_type is not None:
+            if self.peft_type not in (None, self._peft_type):
+                raise ValueError(
+                    f"`peft_type` is {self.peft_type!r}, but {type(self).__name__} is for "
+                    f"{self._peft_type.value!r}; leave it out."
+                )
+            self.peft_type = self._peft_type
+        if self.task_type is not None:
+            check_choice("task_type", self.task_type, tuple(task.value for task in TaskType))
+            self.task_type = TaskType(self.task_type)
+        self.check()
+
+    def check(self) -> None:
+        """Check every field; called when the configuration is made, and again before it is put on a model."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as a dictionary (a copy)."""
+        return asdict(self)
+
+    def to_json(self, **replaced: Any) -> str:
+        """Write every field as the text of adapter_config.json: sorted, indent 2, sets as sorted lists.
+
+        Args:
+            replaced: fields to write otherwise than they are, for instance `inference_mode=True`.
+        """
+        values = {**self.to_dict(), **replaced}
+        plain = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in values.items()}
+        return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write adapter_config.json, as the fields are, into a folder, which is made if need be; atomically.
+
+        Args:
+            save_directory: the folder.
+            auto_mapping_dict: written as `auto_mapping`, when given.
+        Raises:
+            ValueError: `save_directory` is a file.
+            TypeError: an unknown keyword.
+        """
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if kwargs:
+            raise TypeError(
+                f"`save_pretrained` does not know {sorted(kwargs)}; pushing to the Hub is not supported "
+                "yet: save to a folder and upload that."
+            )
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"`save_directory` is {str(folder)!r}, which is a file; give a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        replaced = {} if auto_mapping is None else {"auto_mapping": auto_mapping}
+        with replacing(folder / CONFIG_NAME) as temporary:
+            temporary.write_text(self.to_json(**replaced), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """Make the configuration that a dictionary describes; `peft_type` in it chooses the class.
+
+        Unknown keys are dropped with a warning, because newer versions add fields.
+
+        Raises:
+            ValueError: an unknown or missing `peft_type`, one of another class, or a field out of range.
+            TypeError: `values` is no mapping, or a field has a wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"`values` is of type {type(values).__name__}; give a mapping of field names to values.")
+        name = values.get("peft_type", cls._peft_type)
+        name = name.value if isinstance(name, PeftType) else name
+        config_class = PeftConfig._classes.get(name) if isinstance(name, str) else None
+        if config_class is None:
+            raise ValueError(f"`peft_type` is {name!r}; supported: {', '.join(sorted(PeftConfig._classes))}.")
+        if not issubclass(config_class, cls):
+            raise ValueError(
+                f"`peft_type` is {name!r}, which {cls.__name__} cannot hold; use {config_class.__name__} or PeftConfig."
+            )
+        known = {field.name for field in fields(config_class)}
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            warnings.warn(f"{config_class.__name__} does not know {', '.join(unknown)}; dropped.", stacklevel=2)
+        return config_class(**{key: value for key, value in values.items() if key in known})
+
+    @classmethod
+    def from_json_file(cls: type[_Config], path: str | os.PathLike) -> _Config:
+        """Read one adapter_config.json.
+
+        Raises:
+            AdapterFileError: the file cannot be read, is no JSON object, or describes no valid configuration.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise AdapterFileError(f"{path} cannot be read as JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise AdapterFileError(f"{path} holds a JSON {type(values).__name__}; an object with fields is needed.")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise AdapterFileError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Config], pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None
+    ) -> _Config:
+        """Read the configuration of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path: a folder with adapter_config.json.
+            subfolder: a folder inside it.
+        Raises:
+            AdapterFileError: there is no such file, or it is broken.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not (folder / CONFIG_NAME).is_file():
+            raise AdapterFileError(
+                f"There is no {CONFIG_NAME} in {str(folder)!r}; give the folder of a saved adapter "
+                "(ids on the Hub are not supported yet: download the adapter first)."
+            )
+        return cls.from_json_file(folder / CONFIG_NAME)

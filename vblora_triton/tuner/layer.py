@@ -1,0 +1,294 @@
+"""What the layers of every method do: hold several adapters, say which are active, and step out of the way."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def as_names(adapter_names: str | Iterable[str]) -> list[str]:
+    """Return the names of adapters as a list, whether one was given or several."""
+    return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+
+
+def check_adapter_name(name: Any) -> None:
+    """Check that an adapter can have this name.
+
+    Raises:
+        TypeError: no string.
+        ValueError: empty, a path, or a name that a container of torch cannot hold.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"`adapter_name` is {name!r}; give a string.")
+    if not name or any(character in name for character in "/\\.\0"):
+        raise ValueError(
+            f"`adapter_name` is {name!r}; it names a folder and a parameter: give at least one character "
+            "and neither a slash, nor a backslash, nor a dot."
+        )
+    if any(hasattr(container, name) for container in (nn.ParameterDict(), nn.ModuleDict())):
+        raise ValueError(
+            f"`adapter_name` is {name!r}, which torch's containers use for an attribute; give another, "
+            f"for instance {name + '_adapter'!r}."
+        )
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in_features, out_features) of a linear layer, or None for a module that is none."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+class BaseTunerLayer:
+    """A linear layer with adapters; a mix-in for an nn.Module that keeps the original as `base_layer`.
+
+    A method's layer lists in `adapter_layer_names` its attributes that map adapter names to parameters, in
+    `shared_layer_names` those of them that belong to the model, and in `other_param_names` its other such mappings.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    shared_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    base_layer: Any
+    merged_adapters: list[str]
+    _disable_adapters: bool
+    _active_adapter: str | list[str]
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the layer that the adapters were put on."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: models reach for it (T5 asks its dtype)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer acts as its base layer alone; may be set."""
+        return self._disable_adapters
+
+    @disable_adapters.setter
+    def disable_adapters(self, disabled: bool) -> None:
+        self.enable_adapters(not disabled)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the active ones, as they were set."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters as a list; this layer need not have all of them."""
+        return as_names(self._active_adapter)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn all adapters on or off; which are active and which are trained stays as it is."""
+        self._disable_adapters = not enabled
+
+    def available_adapters(self) -> list[str]:
+        """Name the adapters that this layer has, in the order in which they came."""
+        own = [name for name in self.adapter_layer_names if name not in self.shared_layer_names]
+        return list(dict.fromkeys(adapter for name in own for adapter in getattr(self, name)))
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, trained unless `inference_mode`, and freeze the others."""
+        names = as_names(adapter_names)
+        self._active_adapter = adapter_names
+        for adapter in self.available_adapters():
+            self.set_requires_grad(adapter, adapter in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Train or freeze the parameters of adapters; one that cannot be trained stays frozen."""
+        for adapter in as_names(adapter_names):
+            for attribute in self.adapter_layer_names:
+                parameters = getattr(self, attribute)
+                if adapter in parameters:
+                    parameters[adapter].requires_grad_(requires_grad and self.is_trainable(adapter))
+
+    def is_trainable(self, adapter_name: str) -> bool:
+        """Say whether the adapter holds what training needs."""
+        return True
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; what it shares with other layers is the model's to delete."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; unmerge it before deleting.")
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            if attribute not in self.shared_layer_names and adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
+        if adapter_name in self.active_adapters:
+            self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+
+
+class MergingLayer(BaseTunerLayer):
+    """A layer whose adapters each add one matrix, `get_delta_weight`, to the weight, and can be merged into it.
+
+    keep_base_weight: hold a copy of the weight while adapters are merged, so that `unmerge` restores it bit for bit.
+        It costs the memory of the weight. Turned off, `unmerge` subtracts the matrices again, exact to rounding.
+    """
+
+    keep_base_weight: bool = True
+    _base_weight: Tensor | None = None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter adds to the weight, float32, in the weight's own layout."""
+        raise NotImplementedError
+
+    def adapters_to_merge(self, adapter_names: list[str] | None = None) -> list[str]:
+        """Name the adapters that a call of `merge` adds: of those asked for, what this layer has and has not merged.
+
+        Raises:
+            TypeError: `adapter_names` is a string, or the weight is not floating (a quantised base).
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"`adapter_names` is {adapter_names!r}; give a list: [{adapter_names!r}].")
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        available = self.available_adapters()
+        names = [name for name in dict.fromkeys(asked) if name in available and name not in self.merged_adapters]
+        if names and not self.weight.is_floating_point():
+            raise TypeError(
+                f"The base layer is a {type(self.base_layer).__name__} with a weight of {self.weight.dtype}; "
+                "merging into quantised weights is not supported: load the base unquantised to merge."
+            )
+        return names
+
+    def merged_weight(self, adapter_names: list[str], check_finite: bool = False) -> Tensor:
+        """Return the base weight with the adapters added: summed in float32, rounded once to the weight's dtype.
+
+        Raises:
+            ValueError: with `check_finite`, the result is not finite; the message names the adapter.
+        """
+        with torch.no_grad():
+            total = self.weight.detach().float()
+            for adapter in adapter_names:
+                total = total + self.get_delta_weight(adapter)
+                if check_finite and not torch.isfinite(total.to(self.weight.dtype)).all():
+                    raise ValueError(
+                        f"Merging adapter {adapter!r} gives weights that are not finite; the adapter, or "
+                        "the base weight, is broken. Nothing was changed."
+                    )
+            return total.to(self.weight.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight, after which the forward no longer computes them.
+
+        weight <- cast(weight + sum_adapters get_delta_weight(adapter)), in float32
+
+        Args:
+            safe_merge: check that the result is finite before anything is changed.
+            adapter_names: adapters to merge; the active ones by default.
+        Raises:
+            ValueError: with `safe_merge`, the result is not finite.
+            TypeError: `adapter_names` is no list, or the base is quantised.
+        """
+        names = self.adapters_to_merge(adapter_names)
+        if not names:
+            if self.merged:
+                warnings.warn("All of these adapters are merged already; nothing was done.", stacklevel=2)
+            return
+        weight = self.merged_weight(names, safe_merge)
+        if self.keep_base_weight and not self.merged:
+            self._base_weight = self.weight.detach().clone()
+        with torch.no_grad():
+            self.weight.copy_(weight)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again: bit for bit, where `keep_base_weight` was on."""
+        if not self.merged:
+            warnings.warn("No adapter is merged; nothing was done.", stacklevel=2)
+            return
+        with torch.no_grad():
+            if self._base_weight is not None:
+                self.weight.copy_(self._base_weight)
+            else:
+                deltas = [self.get_delta_weight(adapter) for adapter in self.merged_adapters]
+                self.weight.copy_(self.weight.float() - torch.stack(deltas).sum(0))
+        self._base_weight = None
+        self.merged_adapters.clear()
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A module that is trained in full beside the adapters: each adapter has a copy, the original stays as it was.
+
+    At most one active adapter may have a copy of the same module.
+    """
+
+    def __init__(self, original_module: nn.Module, active_adapter: str | list[str]) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self._active_adapter = active_adapter
+        self._disable_adapters = False
+
+    def add(self, adapter_name: str) -> None:
+        """Give the adapter its copy of the original module."""
+        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+
+    @property
+    def active_copy(self) -> nn.Module:
+        """The module in force: the active adapter's copy, or the original."""
+        if not self._disable_adapters:
+            for name in as_names(self._active_adapter):
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module in force."""
+        return self.active_copy(*args, **kwargs)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Put the active copy, or the original, in force."""
+        self._disable_adapters = not enabled
+
+    def available_adapters(self) -> list[str]:
+        """Name the adapters that have a copy."""
+        return list(self.modules_to_save)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones; their copy is trained unless `inference_mode`."""
+        self._active_adapter = adapter_names
+        for name in self.available_adapters():
+            self.set_requires_grad(name, name in as_names(adapter_names) and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Train or freeze the copies of adapters."""
+        for name in as_names(adapter_names):
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter's copy."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._active_adapter = [name for name in as_names(self._active_adapter) if name != adapter_name]
+
+    def __getattr__(self, name: str) -> Any:
+        """Look further in the module in force: models read their head's weight or size."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "modules_to_save" not in self._modules:
+                raise
+            return getattr(self.active_copy, name)

@@ -1,0 +1,395 @@
+"""What the models of every method do: put adapters on a model, switch them, merge them, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vblora_triton.tuner.config import PeftConfig
+from vblora_triton.tuner.keys import adapter_keys, live_bias_name
+from vblora_triton.tuner.layer import MergingLayer, ModulesToSaveWrapper, as_names, check_adapter_name
+from vblora_triton.tuner.merging import merge_layers, unload_model, unmerge_layers
+from vblora_triton.tuner.plan import InjectionPlan, has_adapters, make_plan
+
+
+class BaseTuner(nn.Module):
+    """A model with adapters on it, kept as `model` and changed in place.
+
+    A subclass sets the class attributes and says what one adapter is made of: `_pre_injection_hook`,
+    `_create_and_replace`, `check_plan`, `adapter_shapes`, `pack` and `unpack`.
+
+    Args:
+        model: the model to adapt.
+        peft_config: the adapter's configuration, or {adapter_name: configuration}.
+        adapter_name: its name.
+        low_cpu_mem_usage: make the adapter's parameters on the meta device, to be filled by a loader.
+        autocast_adapter_dtype: parameters in float32; else in the dtype of the base layer's weight.
+        heads: names of modules that the task trains in full, where the model has them.
+    Raises:
+        ValueError, TypeError: the adapter does not fit the model, which is then as it was.
+    """
+
+    prefix: ClassVar[str]
+    config_class: ClassVar[type[PeftConfig]]
+    tuner_layer_cls: ClassVar[type[MergingLayer]]
+    target_module_mapping: ClassVar[dict[str, list[str] | str]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        heads: Sequence[str] = (),
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` is of type {type(model).__name__}; give a torch.nn.Module.")
+        if has_adapters(model):
+            raise ValueError(
+                "`model` carries adapters already; add another with add_adapter() of the model that put "
+                "them on, or take them off with unload() or merge_and_unload() first."
+            )
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, Any] = {}
+        self.active_adapter: str | list[str] = adapter_name
+        self.trained_biases: dict[str, tuple[str, ...]] = {}
+        self._disabled = False
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, heads)
+
+    # What a method provides.
+
+    @classmethod
+    def check_plan(cls, plan: InjectionPlan) -> None:
+        """Check the sizes of the targets; raise ValueError that names each that does not fit."""
+
+    @classmethod
+    def adapter_shapes(cls, plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
+        """Return file key -> shape of the method's own parameters for an adapter."""
+        raise NotImplementedError
+
+    @classmethod
+    def pack(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn an adapter's parameters, by file key, into what the file holds."""
+        return tensors
+
+    @classmethod
+    def unpack(
+        cls, config: Any, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], problems: dict[str, str]
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Turn what a file holds into parameters by file key, and say whether they serve inference only.
+
+        What is wrong inside goes to `problems`, by file key; keys and shapes are checked afterwards.
+        """
+        return tensors, False
+
+    def mark_inference_only(self, adapter_name: str, inference_only: bool) -> None:
+        """Note whether an adapter was loaded from a file that serves inference only."""
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Make what the layers of the adapter will share."""
+
+    def _create_and_replace(
+        self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
+    ) -> None:
+        """Give the adapter to one layer: to the adapted layer that is there, or to a new one in the layer's place."""
+        raise NotImplementedError
+
+    # Life of an adapter.
+
+    @classmethod
+    def plan(cls, config: Any, model: nn.Module, heads: Sequence[str] = ()) -> InjectionPlan:
+        """Work out, without touching it, what an adapter would do to a model; see `make_plan` for errors."""
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"`peft_config` is of type {type(config).__module__}.{type(config).__name__}; give a "
+                f"{cls.config_class.__module__.partition('.')[0]}.{cls.config_class.__name__}."
+            )
+        plan = make_plan(config, model, cls.target_module_mapping, heads)
+        cls.check_plan(plan)
+        return plan
+
+    @classmethod
+    def file_shapes(cls, plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
+        """Return file key -> shape of everything that belongs to the planned adapter."""
+        shapes = cls.adapter_shapes(plan)
+        for name, module in plan.saved.items():
+            shapes |= {f"base_model.model.{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
+        return shapes | {f"base_model.model.{name}": shape for name, shape in plan.biases.items()}
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        heads: Sequence[str] = (),
+    ) -> None:
+        """Put another adapter on the model; it is frozen until `set_adapter` names it.
+
+        Raises:
+            ValueError, TypeError: the name is taken or cannot be one, or the adapter does not fit; nothing has
+                changed then.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"There is an adapter named {adapter_name!r} already; choose another name, or delete it first."
+            )
+        plan = self.plan(peft_config, self.model, heads)
+        biased = [name for name, config in self.peft_config.items() if config.bias != "none"]
+        if biased and plan.config.bias != "none":
+            raise ValueError(
+                f"`bias` is {plan.config.bias!r}, but adapter {biased[0]!r} trains biases of the same model "
+                "already; give this adapter bias='none'."
+            )
+        before = list(self.model.parameters())
+        try:
+            self._inject(plan, adapter_name, low_cpu_mem_usage)
+        except BaseException:
+            self._forget(adapter_name)
+            raise
+        if not self.peft_config:
+            for parameter in before:
+                parameter.requires_grad_(False)
+        # The user's own object, so that a field set later, such as save_only_topk_weights, counts when saving.
+        vars(peft_config).update(vars(plan.config))
+        self.peft_config[adapter_name] = peft_config
+        self.trained_biases[adapter_name] = tuple(plan.biases)
+        if not autocast_adapter_dtype:
+            self._cast_adapter(adapter_name)
+        active = adapter_name in self.active_adapters
+        self._train(adapter_name, active and not peft_config.inference_mode)
+
+    def _inject(self, plan: InjectionPlan, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+            self._pre_injection_hook(self.model, plan.config, adapter_name)
+            for name in plan.targets:
+                target, parent = self.model.get_submodule(name), self.model.get_submodule(name.rpartition(".")[0])
+                self._create_and_replace(plan.config, adapter_name, target, name.rpartition(".")[2], parent, name)
+        for name in plan.saved:
+            module = self.model.get_submodule(name)
+            if isinstance(module, ModulesToSaveWrapper):
+                module.add(adapter_name)
+            else:
+                wrapper = ModulesToSaveWrapper(module, self.active_adapter)
+                wrapper.add(adapter_name)
+                self._replace_module(name, wrapper.train(module.training))
+
+    def _replace_module(self, name: str, module: nn.Module) -> None:
+        """Put a wrapper in a module's place, or the module back; a wrapper follows the model's adapter state."""
+        if isinstance(module, (self.tuner_layer_cls, ModulesToSaveWrapper)):
+            module.set_adapter(self.active_adapter)
+            module.enable_adapters(not self._disabled)
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module)
+
+    def _forget(self, adapter_name: str) -> None:
+        """Take an adapter off, and with it every wrapper that held nothing else."""
+        for name, module in list(self.wrappers()):
+            module.delete_adapter(adapter_name)
+            if not module.available_adapters():
+                own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+                self._replace_module(name, own)
+        for attribute in self.tuner_layer_cls.shared_layer_names:
+            if adapter_name in getattr(self, attribute, ()):
+                del getattr(self, attribute)[adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off the model; if it was the only active one, the first that is left becomes active.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged.
+        """
+        self._check_known(adapter_name)
+        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
+        for name in self.trained_biases[adapter_name]:
+            self._bias(name).requires_grad_(False)
+        self._forget(adapter_name)
+        del self.peft_config[adapter_name], self.trained_biases[adapter_name]
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
+            self._activate(left, inference_mode=bool(left) and self.peft_config[left[0]].inference_mode)
+
+    # Which adapters act, and which are trained.
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters as a list."""
+        return as_names(self.active_adapter)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several at once, the active ones; their updates add up.
+
+        Args:
+            adapter_name: a name or a list of names.
+            inference_mode: leave them frozen; otherwise they, and only they, are trained.
+        Raises:
+            ValueError: no such adapter, or two that each have their own copy of the same module.
+        """
+        names = as_names(adapter_name)
+        self._check_known(*names)
+        for name, wrapper in self.wrappers():
+            both = [adapter for adapter in names if adapter in wrapper.available_adapters()]
+            if isinstance(wrapper, ModulesToSaveWrapper) and len(both) > 1:
+                raise ValueError(
+                    f"`adapter_name` is {names}, but {', '.join(both)} each have their own copy of {name}; "
+                    "activate one of them."
+                )
+        if any(layer.merged for _, layer in self.layers()):
+            self.unmerge_adapter()
+        self._activate(adapter_name, inference_mode)
+
+    def _activate(self, adapter_names: str | list[str], inference_mode: bool) -> None:
+        self.active_adapter = adapter_names
+        for _, wrapper in self.wrappers():
+            wrapper.set_adapter(adapter_names, inference_mode)
+        for adapter in self.peft_config:
+            self._train(adapter, adapter in as_names(adapter_names) and not inference_mode)
+
+    def _train(self, adapter_name: str, requires_grad: bool) -> None:
+        for _, wrapper in self.wrappers():
+            wrapper.set_requires_grad(adapter_name, requires_grad)
+        for name in self.trained_biases[adapter_name]:
+            self._bias(name).requires_grad_(requires_grad)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters, active or not.
+
+        Raises:
+            ValueError: no such adapter, or one that holds too little to be trained.
+        """
+        names = as_names(adapter_names)
+        self._check_known(*names)
+        for adapter in names if requires_grad else ():
+            self.check_trainable(adapter)
+        for adapter in names:
+            self._train(adapter, requires_grad)
+
+    def check_trainable(self, adapter_name: str) -> None:
+        """Raise ValueError if the adapter was loaded from a file that serves inference only."""
+        if not all(layer.is_trainable(adapter_name) for _, layer in self.layers()):
+            raise ValueError(
+                f"Adapter {adapter_name!r} was loaded from a top-k file, which holds too little for "
+                "training; train the one that was saved in full (save_only_topk_weights=False)."
+            )
+
+    def disable_adapter_layers(self) -> None:
+        """Let the model act as if it had no adapters; trained biases stay."""
+        self._disabled = True
+        for _, wrapper in self.wrappers():
+            wrapper.enable_adapters(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters act again."""
+        self._disabled = False
+        for _, wrapper in self.wrappers():
+            wrapper.enable_adapters(True)
+
+    # Merging.
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters, the active ones by default, into the base weights; `unmerge_adapter` undoes it.
+
+        Args:
+            adapter_names: which.
+            safe_merge: check that every result is finite before any weight is changed.
+        Raises:
+            ValueError: no such adapter, a result that is not finite, or a weight tied to the embedding.
+            TypeError: `adapter_names` is a string, or the base is quantised.
+        """
+        self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
+        merge_layers(self.model, dict(self.layers()), adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights of every layer that has adapters merged."""
+        unmerge_layers(dict(self.layers()))
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters into the base weights for good, take all adapters off, and return the plain model.
+
+        Args:
+            progressbar: show one.
+            safe_merge: check that every result is finite before any weight is changed.
+            adapter_names: which; the active ones by default.
+        Raises:
+            ValueError, TypeError: as `merge_adapter`.
+        """
+        self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
+        merge_layers(self.model, dict(self.layers()), adapter_names, safe_merge, keep=False, progressbar=progressbar)
+        return self._unload(self.active_adapters if adapter_names is None else adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off, merged ones too, and return the model with its original weights."""
+        self.unmerge_adapter()
+        return self._unload([])
+
+    def _unload(self, kept: list[str]) -> nn.Module:
+        unload_model(self.model, dict(self.wrappers()), kept)
+        for attribute in self.tuner_layer_cls.shared_layer_names:
+            getattr(self, attribute).clear()
+        self.peft_config.clear()
+        self.trained_biases.clear()
+        self.active_adapter = []
+        return self.model
+
+    # Parameters and files.
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """Walk the adapted layers, by their name in `model`."""
+        return ((name, module) for name, module in self.wrappers() if isinstance(module, self.tuner_layer_cls))
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Names of the adapted layers, in `model`."""
+        return [name for name, _ in self.layers()]
+
+    def wrappers(self) -> Iterator[tuple[str, Any]]:
+        """Walk the adapted layers and the modules that are saved whole, by their name in `model`."""
+        kinds = (self.tuner_layer_cls, ModulesToSaveWrapper)
+        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, kinds))
+
+    def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """Return file key -> live tensor of everything that belongs to an adapter."""
+        state = self.state_dict(prefix="base_model.")
+        return {key: state[live] for key, live in adapter_keys(self, adapter_name).items()}
+
+    def _bias(self, name: str) -> nn.Parameter:
+        return self.model.get_parameter(live_bias_name(self.model, name))
+
+    def _cast_adapter(self, adapter_name: str) -> None:
+        """Give the adapter's parameters the dtype of the base weights, where those are floating."""
+        for _, layer in self.layers():
+            if layer.weight.is_floating_point():
+                for attribute in layer.adapter_layer_names:
+                    if adapter_name in getattr(layer, attribute):
+                        parameter = getattr(layer, attribute)[adapter_name]
+                        parameter.data = parameter.data.to(layer.weight.dtype)
+
+    def _check_known(self, *adapter_names: str) -> None:
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            there = ", ".join(map(repr, self.peft_config)) or "none"
+            raise ValueError(f"There is no adapter named {', '.join(map(repr, unknown))}; the adapters here: {there}.")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look further in the model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)

@@ -1,0 +1,223 @@
+"""The linear layer of VB-LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vblora_triton import ops
+from vblora_triton.tuner.config import check_float, check_int
+from vblora_triton.tuner.layer import MergingLayer, linear_features
+
+
+def logits_shapes(
+    in_features: int, out_features: int, r: int, num_vectors: int, vector_length: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return the shapes of logits_A, (r, in/b, num_vectors), and logits_B, (out/b, r, num_vectors)."""
+    return (r, in_features // vector_length, num_vectors), (out_features // vector_length, r, num_vectors)
+
+
+class VBLoRALayer(MergingLayer):
+    """What a layer keeps for each of its VB-LoRA adapters.
+
+    vblora_logits_A: nn.ParameterDict, adapter -> (r, in/b, num_vectors).
+    vblora_logits_B: nn.ParameterDict, adapter -> (out/b, r, num_vectors).
+    vblora_vector_bank: nn.ParameterDict, adapter -> (num_vectors, b). The model's; the layer reaches it and does not
+        own it, so that it is one parameter of the model, saved, moved and sharded once.
+    r, topk: dict, adapter -> int.
+    vblora_dropout: nn.ModuleDict, adapter -> nn.Dropout or nn.Identity.
+    backend: "auto", "triton" or "reference"; see `ops.use_backend`.
+    """
+
+    adapter_layer_names = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
+    shared_layer_names = ("vblora_vector_bank",)
+    other_param_names = ("r", "topk", "vblora_dropout")
+
+    training: bool
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.topk: dict[str, int] = {}
+        self.vblora_dropout = nn.ModuleDict()
+        self.vblora_logits_A = nn.ParameterDict()
+        self.vblora_logits_B = nn.ParameterDict()
+        # In a tuple, where nn.Module does not see a module to register. Copying and pickling keep it the model's own,
+        # and .to() changes the parameters inside it.
+        self._shared: tuple[nn.ParameterDict, ...] = ()
+        self.inference_only_adapters: set[str] = set()
+        self.merged_adapters = []
+        self.backend = "auto"
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.kwargs = kwargs
+        sizes = linear_features(base_layer)
+        if sizes is None:
+            raise TypeError(
+                f"`base_layer` is a {type(base_layer).__name__}; give an nn.Linear or a Conv1D of transformers."
+            )
+        self.in_features, self.out_features = sizes
+
+    @property
+    def vblora_vector_bank(self) -> nn.ParameterDict:
+        """The banks of all adapters, adapter -> (num_vectors, vector_length)."""
+        return self._shared[0]
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        vblora_vector_bank: nn.ParameterDict,
+        r: int,
+        topk: int,
+        num_vectors: int,
+        vector_length: int,
+        vblora_dropout: float = 0.0,
+        init_logits_std: float = 0.01,
+        inference_mode: bool = False,
+    ) -> None:
+        """Give the layer an adapter, or a new one in place of the one of that name.
+
+        logits ~ normal(0, init_logits_std), float32, drawn on the CPU and moved to the device of the base weight.
+
+        Args:
+            vblora_vector_bank: adapter -> bank (num_vectors, vector_length); kept by reference.
+            inference_mode: freeze the adapter; otherwise it is trained if it is active.
+        Raises:
+            ValueError, TypeError: a number out of range, or a `vector_length` that does not divide the layer.
+        """
+        for name, value in (("r", r), ("topk", topk), ("num_vectors", num_vectors), ("vector_length", vector_length)):
+            check_int(name, value)
+        check_float("vblora_dropout", vblora_dropout, 0.0, 1.0, "a probability from 0 to 1")
+        if topk > num_vectors:
+            raise ValueError(
+                f"`topk` is {topk}, but there are `num_vectors` = {num_vectors} to choose from; give at most that."
+            )
+        for name, size in (("in_features", self.in_features), ("out_features", self.out_features)):
+            if size % vector_length:
+                raise ValueError(f"`vector_length` is {vector_length}, but `{name}` is {size}; give a divisor of it.")
+        shapes = logits_shapes(self.in_features, self.out_features, r, num_vectors, vector_length)
+        device = self.weight.device
+        # On the CPU, so that a seed gives the same numbers whatever the device; None follows torch.device("meta").
+        draw_on = device if device.type == "meta" else None
+        logits = [torch.empty(shape, dtype=torch.float32, device=draw_on) for shape in shapes]
+        self.r[adapter_name] = r
+        self.topk[adapter_name] = topk
+        self.vblora_dropout[adapter_name] = nn.Dropout(vblora_dropout) if vblora_dropout > 0 else nn.Identity()
+        self.vblora_dropout[adapter_name].train(self.training)
+        for own, tensor in zip((self.vblora_logits_A, self.vblora_logits_B), logits, strict=True):
+            nn.init.normal_(tensor, 0, init_logits_std)
+            own[adapter_name] = nn.Parameter(tensor if tensor.is_meta else tensor.to(device))
+        self._shared = (vblora_vector_bank,)
+        self.inference_only_adapters.discard(adapter_name)
+        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not inference_mode)
+
+    def is_trainable(self, adapter_name: str) -> bool:
+        """Say whether the adapter has its logits, and not only the top-k ones of a small file."""
+        return adapter_name not in self.inference_only_adapters
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; its bank is the model's to delete."""
+        super().delete_adapter(adapter_name)
+        self.inference_only_adapters.discard(adapter_name)
+
+
+class Linear(nn.Linear, VBLoRALayer):
+    """nn.Linear, or transformers' Conv1D, with VB-LoRA adapters.
+
+    y = base_layer(x) + sum_active dropout(x) A^T B^T
+    A[i, t*b:(t+1)*b] = compose(logits_A)[i, t]      B[t*b:(t+1)*b, i] = compose(logits_B)[t, i]
+
+    Args:
+        base_layer: the layer; called as a module, so that its hooks run.
+        vblora_vector_bank: adapter -> bank (num_vectors, vector_length); kept by reference, not registered.
+        adapter_name, r, num_vectors, vector_length, topk, vblora_dropout, init_logits_std: the first adapter; see
+            `VBLoRALayer.update_layer`.
+        fan_in_fan_out: the weight is stored (in, out), as Conv1D does.
+        is_target_conv_1d_layer: the base layer is a Conv1D.
+    Raises:
+        ValueError, TypeError: see `VBLoRALayer.update_layer`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        vblora_vector_bank: nn.ParameterDict,
+        adapter_name: str,
+        r: int,
+        num_vectors: int,
+        vector_length: int,
+        topk: int = 2,
+        vblora_dropout: float = 0.0,
+        init_logits_std: float = 0.01,
+        fan_in_fan_out: bool = False,
+        is_target_conv_1d_layer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # nn.Linear's own __init__ would make a weight of its own.
+        nn.Module.__init__(self)
+        VBLoRALayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        self.is_target_conv_1d_layer = is_target_conv_1d_layer
+        self._active_adapter = adapter_name
+        self.train(base_layer.training)
+        self.update_layer(
+            adapter_name, vblora_vector_bank, r, topk, num_vectors, vector_length, vblora_dropout, init_logits_std
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Call the base layer and add the updates of the active adapters that are not merged.
+
+        Args:
+            x: (*batch, in_features).
+        Returns:
+            (*batch, out_features), in the dtype of the base layer's result.
+        """
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self.vblora_logits_A and adapter not in self.merged_adapters:
+                dropout = self.vblora_dropout[adapter]
+                bank = self.vblora_vector_bank[adapter]
+                result = ops.vblora_linear(
+                    x,
+                    result,
+                    self.vblora_logits_A[adapter],
+                    self.vblora_logits_B[adapter],
+                    # Of a model that is spread over devices, the one bank is elsewhere for some layers.
+                    bank if bank.device == x.device else bank.to(x.device),
+                    self.topk[adapter],
+                    dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+                    training=dropout.training,
+                    backend=self.backend,
+                )
+        return result
+
+    def _get_low_rank_matrix(self, logits: Tensor, vblora_vector_bank: Tensor, topk: int) -> Tensor:
+        """Mix, for each row of logits (*rows, num_vectors), its top-k bank vectors: (*rows, vector_length)."""
+        return ops.compose(logits, vblora_vector_bank, topk, backend=self.backend)
+
+    def _get_lora_matrices(self, adapter: str, cast_to_fp32: bool = False) -> tuple[Tensor, Tensor]:
+        """Return A (r, in_features) and B (out_features, r), in the dtype of the bank, or in float32."""
+        logits_A, logits_B = self.vblora_logits_A[adapter], self.vblora_logits_B[adapter]
+        bank = self.vblora_vector_bank[adapter].to(logits_A.device)
+        if cast_to_fp32:
+            logits_A, logits_B, bank = logits_A.float(), logits_B.float(), bank.float()
+        A = self._get_low_rank_matrix(logits_A, bank, self.topk[adapter])
+        B = self._get_low_rank_matrix(logits_B, bank, self.topk[adapter])
+        return A.reshape(A.shape[0], -1), B.transpose(1, 2).reshape(-1, B.shape[1])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return B A, float32, (out_features, in_features), or its transpose where the weight is stored so."""
+        # Under autocast the product would be rounded to 16 bits.
+        with torch.autocast(self.vblora_logits_A[adapter].device.type, enabled=False):
+            A, B = self._get_lora_matrices(adapter, cast_to_fp32=True)
+            delta = B @ A
+        return delta.T if self.fan_in_fan_out else delta
+
+    def __repr__(self) -> str:
+        return f"vblora.{super().__repr__()}"
