@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from vblora_triton import triton_ops
 from vblora_triton.kernels.aot import SHARED_LIMIT, TARGETS, compiling, sass
+from vblora_triton.triton_ops import compose, linear
 
 # (name, in, out) of the linears that ship: Llama-2-7B, and of Llama-3-70B those of other shapes.
 SHAPES = {
@@ -32,10 +32,10 @@ def launch_all(
     logits_A, logits_B = torch.empty(r, K // b, h, **meta), torch.empty(N // b, r, h, **meta)
     bank = torch.empty(h, b, **meta)
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
-    y, s, indices, weights = triton_ops._linear_fwd(x, base, logits_A, logits_B, bank, k, p, seed)
-    shapes_dtypes = (logits_A.shape, logits_B.shape, logits_A.dtype, logits_B.dtype)
-    triton_ops._linear_bwd(y, x, s, indices, weights, bank, *shapes_dtypes, p, seed, [True] * 4)
-    triton_ops._compose_fwd(logits_A, bank, k)
+    y, s, *selection = linear._linear_fwd(x, base, logits_A, logits_B, bank, k, p, seed)
+    linear._selected_fwd(x, base, *selection, bank, p, seed)
+    linear._backward(y, x, s, *selection, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
+    compose._forward(logits_A, bank, k)
 
 
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.

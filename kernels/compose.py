@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
+from .select import Selected
 from .tiles import mix
 
 
@@ -31,28 +32,28 @@ def _compose_fwd_kernel(
     tl.store(out_ptrs, out.to(Out_ptr.dtype.element_ty), mask=mask_row[:, None] & (offs_c < VECTOR)[None, :])
 
 
-def launch_compose_fwd(vector_bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """out = sum_k weights_k * vector_bank[indices_k].
+def launch_compose_fwd(vector_bank: Tensor, selected: Selected) -> Tensor:
+    """out = sum_k weights_k vector_bank[indices_k].
 
     Args:
         vector_bank: (num_vectors, vector_length), contiguous.
-        indices, weights: (rows, topk), `select.launch_select`.
+        selected: of so many rows, `select.launch_select`.
     Returns:
         (rows, vector_length), in the dtype of `vector_bank`.
     """
-    rows, vector_length = indices.shape[0], vector_bank.shape[1]
+    rows, vector_length = selected.indices.shape[0], vector_bank.shape[1]
     out = torch.empty((rows, vector_length), dtype=vector_bank.dtype, device=vector_bank.device)
     config = tuning.compose(vector_length)
     launch(
         _compose_fwd_kernel,
         (triton.cdiv(rows, config["BLOCK_ROWS"]), triton.cdiv(vector_length, config["BLOCK_C"])),
         Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
+        Idx_ptr=selected.indices,
+        W_ptr=selected.weights,
         Out_ptr=out,
         rows=rows,
         VECTOR=vector_length,
-        TOPK=indices.shape[1],
+        TOPK=selected.indices.shape[-1],
         **config,
     )
     return out

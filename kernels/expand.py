@@ -7,13 +7,15 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
-from .tiles import dot, fold, left_term, load_rank_tile, mix, right_term, term
+from .select import Selected
+from .tiles import dot, fold, left_term, load_rank_tile, mix, right_term, select_tiles, term
 
 
 @triton.jit
 def _expand_fwd_kernel(
     S_ptr,
     Base_ptr,
+    Logits_ptr,
     Bank_ptr,
     Idx_ptr,
     W_ptr,
@@ -22,10 +24,14 @@ def _expand_fwd_kernel(
     M,
     N,
     R,
+    H,
     planes,
     stride_sp,
     stride_bm,
     stride_bn,
+    stride_ym,
+    stride_yn,
+    stride_row,
     stride_i,
     stride_t,
     VECTOR: tl.constexpr,
@@ -36,6 +42,11 @@ def _expand_fwd_kernel(
     INPUT_PRECISION: tl.constexpr,
     HAS_BASE: tl.constexpr,
     STORE_TOTAL: tl.constexpr,
+    SELECT: tl.constexpr,
+    K_PAD: tl.constexpr,
+    R_SELECT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -51,6 +62,11 @@ def _expand_fwd_kernel(
         # Backward wants the sum of the planes; the first column of programs writes it, from its first part.
         total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
         tl.store(total_ptrs, s, mask=mask_m[:, None] & ((offs_p < R) & (start_n == 0))[None, :])
+    if SELECT:
+        select_tiles(
+            Logits_ptr, Idx_ptr, W_ptr, start_n, tl.minimum(N, start_n + BLOCK_N), R, H, stride_row, stride_i, stride_t,
+            VECTOR, TOPK, K_PAD, R_SELECT, ONE_BLOCK, BLOCK_H,
+        )  # fmt: skip
     b = mix(
         Bank_ptr, Idx_ptr, W_ptr, offs_i, offs_i < R, start_n, N, stride_i, stride_t, VECTOR, TOPK, BLOCK_N
     )  # (PARTS * P_PAD, BLOCK_N)
@@ -60,7 +76,7 @@ def _expand_fwd_kernel(
     if HAS_BASE:
         base_ptrs = Base_ptr + offs_m[:, None] * stride_bm + offs_n[None, :] * stride_bn
         y += tl.load(base_ptrs, mask=mask_mn, other=0.0).to(tl.float32)
-    y_ptrs = Y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    y_ptrs = Y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
     tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask_mn)
 
 
@@ -127,65 +143,66 @@ def _expand_bwd_kernel(
 
 
 def launch_expand_fwd(
-    s: Tensor,
-    base: Tensor | None,
-    vector_bank: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    N: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    s: Tensor, base: Tensor | None, vector_bank: Tensor, selected: Selected, logits: Tensor | None, y: Tensor
+) -> Tensor:
     """y = base + s B^T.
 
     Args:
         s: (planes, M, r) fp32, contiguous, `shrink.launch_shrink_fwd`.
         base: (M, N), any strides, or None.
         vector_bank: (num_vectors, vector_length), contiguous.
-        indices, weights: of B's rows, `select.launch_select`.
-        dtype: that of the result.
+        selected: of B's rows; where `logits` are given it is written, by the same launch.
+        logits: those of B, (rows, num_vectors), the last dimension contiguous.
+        y: (M, N), written; may be `base` itself.
     Returns:
-        y (M, N), and the sum of the planes of s, (M, r) fp32.
+        The sum of the planes of s, (M, r) fp32.
     """
     planes, M, r = s.shape
-    y = torch.empty((M, N), dtype=dtype, device=s.device)
+    N, topk = y.shape[1], selected.indices.shape[-1]
     total = s[0] if planes == 1 else torch.empty((M, r), dtype=torch.float32, device=s.device)
-    config = tuning.expand_fwd(M, dtype, r)
+    config = tuning.expand_fwd(M, y.dtype, r)
     launch(
         _expand_fwd_kernel,
         (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])),
         S_ptr=s,
         Base_ptr=base,
+        Logits_ptr=logits,
         Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
+        Idx_ptr=selected.indices,
+        W_ptr=selected.weights,
         Y_ptr=y,
         STotal_ptr=total,
         M=M,
         N=N,
         R=r,
+        H=vector_bank.shape[0],
         planes=planes,
         stride_sp=s.stride(0),
         stride_bm=0 if base is None else base.stride(0),
         stride_bn=0 if base is None else base.stride(1),
+        stride_ym=y.stride(0),
+        stride_yn=y.stride(1),
+        stride_row=0 if logits is None else logits.stride(0),
         stride_i=1,
         stride_t=r,
         VECTOR=vector_bank.shape[1],
-        TOPK=indices.shape[1],
+        TOPK=topk,
         INPUT_PRECISION=tuning.input_precision(),
         HAS_BASE=base is not None,
         STORE_TOTAL=planes > 1,
-        **tuning.product_layout(dtype, r),
+        SELECT=logits is not None,
+        **tuning.select_tiles(vector_bank.shape[0], topk, r),
+        **tuning.product_layout(y.dtype, r),
         **config,
     )
-    return y, total
+    return total
 
 
 def launch_expand_bwd(
     dy: Tensor,
     s: Tensor,
     vector_bank: Tensor,
-    indices: Tensor,
-    weights: Tensor,
+    selected: Selected,
     *,
     need_ds: bool,
     need_dB: bool,
@@ -195,7 +212,7 @@ def launch_expand_bwd(
     Args:
         dy: (M, N), any strides.
         s: (M, r) fp32, contiguous.
-        vector_bank, indices, weights: as in `launch_expand_fwd`.
+        vector_bank, selected: as in `launch_expand_fwd`.
     Returns:
         ds (planes, M, r) and dB (planes, r, N), both fp32, to be added up in order; None where not needed.
     """
@@ -211,8 +228,8 @@ def launch_expand_bwd(
         DY_ptr=dy,
         S_ptr=s,
         Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
+        Idx_ptr=selected.indices,
+        W_ptr=selected.weights,
         DS_ptr=ds,
         DB_ptr=dB,
         M=M,
@@ -223,7 +240,7 @@ def launch_expand_bwd(
         stride_i=1,
         stride_t=r,
         VECTOR=vector_bank.shape[1],
-        TOPK=indices.shape[1],
+        TOPK=selected.indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
         NEED_DS=need_ds,
         NEED_DB=need_dB,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
+from .select import Selected
 
 
 @triton.jit
@@ -100,8 +101,10 @@ def _parameter_grads_kernel(
     DA_ptr,
     DB_ptr,
     Bank_ptr,
-    Idx_ptr,
-    W_ptr,
+    IdxA_ptr,
+    WA_ptr,
+    IdxB_ptr,
+    WB_ptr,
     DLogitsA_ptr,
     DLogitsB_ptr,
     DBank_ptr,
@@ -139,7 +142,7 @@ def _parameter_grads_kernel(
         row = pid.to(tl.int64)
         start_d = (pid // tiles_A).to(tl.int64) * K + pid % tiles_A * VECTOR
         _logits_grad_row(
-            row, DA_ptr, start_d, planes_A, stride_Ap, Bank_ptr, Idx_ptr, W_ptr, DLogitsA_ptr, H,
+            row, DA_ptr, start_d, planes_A, stride_Ap, Bank_ptr, IdxA_ptr, WA_ptr, DLogitsA_ptr, H,
             VECTOR, TOPK, K_PAD, BLOCK_ROW, BLOCK_H,
         )  # fmt: skip
     elif pid < programs_A + programs_B:
@@ -147,8 +150,8 @@ def _parameter_grads_kernel(
         row = pid_B.to(tl.int64)
         start_d = (pid_B % R).to(tl.int64) * N + pid_B // R * VECTOR
         _logits_grad_row(
-            row, DB_ptr, start_d, planes_B, stride_Bp, Bank_ptr, Idx_ptr + rows_A * TOPK,
-            W_ptr + rows_A * TOPK, DLogitsB_ptr, H, VECTOR, TOPK, K_PAD, BLOCK_ROW, BLOCK_H,
+            row, DB_ptr, start_d, planes_B, stride_Bp, Bank_ptr, IdxB_ptr, WB_ptr, DLogitsB_ptr, H,
+            VECTOR, TOPK, K_PAD, BLOCK_ROW, BLOCK_H,
         )  # fmt: skip
     else:
         tile = pid - programs_A - programs_B
@@ -158,12 +161,12 @@ def _parameter_grads_kernel(
         mask_c = offs_c < VECTOR
         acc = tl.zeros((BLOCK_V, BLOCK_C), dtype=tl.float32)
         acc = _add_rows(
-            acc, DA_ptr, rows_A, R, K, tiles_A, planes_A, stride_Ap, Idx_ptr,
-            W_ptr, offs_v, offs_c, mask_c, True, VECTOR, TOPK, BLOCK_E,
+            acc, DA_ptr, rows_A, R, K, tiles_A, planes_A, stride_Ap, IdxA_ptr,
+            WA_ptr, offs_v, offs_c, mask_c, True, VECTOR, TOPK, BLOCK_E,
         )  # fmt: skip
         acc = _add_rows(
-            acc, DB_ptr, rows_B, R, N, N // VECTOR, planes_B, stride_Bp, Idx_ptr + rows_A * TOPK,
-            W_ptr + rows_A * TOPK, offs_v, offs_c, mask_c, False, VECTOR, TOPK, BLOCK_E,
+            acc, DB_ptr, rows_B, R, N, N // VECTOR, planes_B, stride_Bp, IdxB_ptr,
+            WB_ptr, offs_v, offs_c, mask_c, False, VECTOR, TOPK, BLOCK_E,
         )  # fmt: skip
         dbank_ptrs = DBank_ptr + offs_v[:, None] * VECTOR + offs_c[None, :]
         mask_vc = (offs_v < H)[:, None] & mask_c[None, :]
@@ -200,8 +203,8 @@ def launch_parameter_grads(
     dA: Tensor | None,
     dB: Tensor | None,
     vector_bank: Tensor,
-    indices: Tensor,
-    weights: Tensor,
+    selected_A: Selected,
+    selected_B: Selected,
     logits_shapes: tuple[torch.Size, torch.Size],
     logits_dtypes: tuple[torch.dtype, torch.dtype],
     *,
@@ -215,7 +218,7 @@ def launch_parameter_grads(
         dA, dB: (planes, r, K) and (planes, r, N), fp32, contiguous; None where only the other one is needed, which
             cannot be when the bank's gradient is.
         vector_bank: (num_vectors, vector_length), contiguous.
-        indices, weights: of both, A's rows first, `select.launch_select`.
+        selected_A, selected_B: of the rows of both, `select.launch_select`.
         logits_shapes: (r, K/vector_length, num_vectors) and (N/vector_length, r, num_vectors).
     Returns:
         The three gradients, in the shapes and dtypes of their tensors; None where not needed.
@@ -223,23 +226,26 @@ def launch_parameter_grads(
     (r, tiles_A, H), (tiles_B, _, _) = logits_shapes
     vector_length = vector_bank.shape[1]
     device = vector_bank.device
-    config = tuning.parameter_grads(H, vector_length, indices.shape[1])
+    config = tuning.parameter_grads(H, vector_length, selected_A.indices.shape[-1])
     dlogits_A = torch.empty(logits_shapes[0], dtype=logits_dtypes[0], device=device) if need_logits_A else None
     dlogits_B = torch.empty(logits_shapes[1], dtype=logits_dtypes[1], device=device) if need_logits_B else None
     dbank = torch.empty_like(vector_bank) if need_bank else None
     bank_tiles = triton.cdiv(H, config["BLOCK_V"]) * triton.cdiv(vector_length, config["BLOCK_C"])
+    absent = selected_A.weights
     launch(
         _parameter_grads_kernel,
         (need_logits_A * r * tiles_A + need_logits_B * r * tiles_B + need_bank * bank_tiles,),
         # Where there is nothing to read or write no program does, but the kernel still wants a pointer.
-        DA_ptr=weights if dA is None else dA,
-        DB_ptr=weights if dB is None else dB,
+        DA_ptr=absent if dA is None else dA,
+        DB_ptr=absent if dB is None else dB,
         Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
-        DLogitsA_ptr=weights if dlogits_A is None else dlogits_A,
-        DLogitsB_ptr=weights if dlogits_B is None else dlogits_B,
-        DBank_ptr=weights if dbank is None else dbank,
+        IdxA_ptr=selected_A.indices,
+        WA_ptr=selected_A.weights,
+        IdxB_ptr=selected_B.indices,
+        WB_ptr=selected_B.weights,
+        DLogitsA_ptr=absent if dlogits_A is None else dlogits_A,
+        DLogitsB_ptr=absent if dlogits_B is None else dlogits_B,
+        DBank_ptr=absent if dbank is None else dbank,
         H=H,
         K=tiles_A * vector_length,
         N=tiles_B * vector_length,
@@ -251,7 +257,7 @@ def launch_parameter_grads(
         stride_Ap=0 if dA is None else dA.stride(0),
         stride_Bp=0 if dB is None else dB.stride(0),
         VECTOR=vector_length,
-        TOPK=indices.shape[1],
+        TOPK=selected_A.indices.shape[-1],
         NEED_A=need_logits_A,
         NEED_B=need_logits_B,
         **config,

@@ -1,5 +1,7 @@
 """Top-k selection: which bank vectors each row of logits picks, and with which weights."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -27,22 +29,22 @@ def _codes(Logits_ptr, offs_row, mask_row, start_h, H, stride_row, BLOCK_H: tl.c
 
 
 @triton.jit
-def _select_rows(
+def select_rows(
     Logits_ptr,
     Idx_ptr,
     W_ptr,
-    start_row,
-    rows,
+    offs_row,
+    mask_row,
     H,
     stride_row,
     TOPK: tl.constexpr,
     K_PAD: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    offs_row = (start_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-    mask_row = offs_row < rows
+    """Select for the rows offs_row, and write TOPK indices and weights of each."""
+    offs_row = offs_row.to(tl.int64)
+    BLOCK_ROWS: tl.constexpr = offs_row.shape[0]
     offs_k = tl.arange(0, K_PAD)
     values = tl.full((BLOCK_ROWS, K_PAD), float("-inf"), dtype=tl.float32)
     indices = tl.zeros((BLOCK_ROWS, K_PAD), dtype=tl.int32)
@@ -76,8 +78,10 @@ def _select_rows(
 def _select_kernel(
     LogitsA_ptr,
     LogitsB_ptr,
-    Idx_ptr,
-    W_ptr,
+    IdxA_ptr,
+    WA_ptr,
+    IdxB_ptr,
+    WB_ptr,
     rows_A,
     rows_B,
     H,
@@ -91,31 +95,44 @@ def _select_kernel(
 ):
     pid = tl.program_id(0)
     programs_A = tl.cdiv(rows_A, BLOCK_ROWS)
+    offs = tl.arange(0, BLOCK_ROWS)
     if pid < programs_A:
-        _select_rows(
-            LogitsA_ptr, Idx_ptr, W_ptr, pid * BLOCK_ROWS, rows_A, H, stride_A,
-            TOPK, K_PAD, ONE_BLOCK, BLOCK_ROWS, BLOCK_H,
-        )  # fmt: skip
+        offs_row = pid * BLOCK_ROWS + offs
+        select_rows(
+            LogitsA_ptr, IdxA_ptr, WA_ptr, offs_row, offs_row < rows_A, H, stride_A, TOPK, K_PAD, ONE_BLOCK, BLOCK_H
+        )
     else:
-        offset = rows_A * TOPK
-        _select_rows(
-            LogitsB_ptr, Idx_ptr + offset, W_ptr + offset, (pid - programs_A) * BLOCK_ROWS, rows_B, H, stride_B,
-            TOPK, K_PAD, ONE_BLOCK, BLOCK_ROWS, BLOCK_H,
-        )  # fmt: skip
+        offs_row = (pid - programs_A) * BLOCK_ROWS + offs
+        select_rows(
+            LogitsB_ptr, IdxB_ptr, WB_ptr, offs_row, offs_row < rows_B, H, stride_B, TOPK, K_PAD, ONE_BLOCK, BLOCK_H
+        )
 
 
-def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+class Selected(NamedTuple):
+    """What the rows of logits select: indices (*rows, topk) int32, largest logit first, and weights, fp32."""
+
+    indices: Tensor
+    weights: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, topk: int, device: torch.device) -> "Selected":
+        """Room for the selection of so many rows."""
+        return cls(
+            torch.empty((rows, topk), dtype=torch.int32, device=device),
+            torch.empty((rows, topk), dtype=torch.float32, device=device),
+        )
+
+
+def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Selected, Selected]:
     """Select for the rows of both logits in one launch.
 
     Args:
         logits_A, logits_B: (rows_A, num_vectors) and (rows_B, num_vectors), the last dimension contiguous.
         topk: at most num_vectors.
-    Returns:
-        indices (rows_A + rows_B, topk) int32 and weights of the same shape, fp32; A's rows first.
     """
     rows_A, rows_B, H = logits_A.shape[0], logits_B.shape[0], logits_A.shape[1]
-    indices = torch.empty((rows_A + rows_B, topk), dtype=torch.int32, device=logits_A.device)
-    weights = torch.empty((rows_A + rows_B, topk), dtype=torch.float32, device=logits_A.device)
+    selected_A = Selected.empty(rows_A, topk, logits_A.device)
+    selected_B = Selected.empty(rows_B, topk, logits_A.device)
     config = tuning.select(H, topk)
     rows = config["BLOCK_ROWS"]
     launch(
@@ -123,8 +140,10 @@ def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor
         (triton.cdiv(rows_A, rows) + triton.cdiv(rows_B, rows),),
         LogitsA_ptr=logits_A,
         LogitsB_ptr=logits_B,
-        Idx_ptr=indices,
-        W_ptr=weights,
+        IdxA_ptr=selected_A.indices,
+        WA_ptr=selected_A.weights,
+        IdxB_ptr=selected_B.indices,
+        WB_ptr=selected_B.weights,
         rows_A=rows_A,
         rows_B=rows_B,
         H=H,
@@ -133,4 +152,4 @@ def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor
         TOPK=topk,
         **config,
     )
-    return indices, weights
+    return selected_A, selected_B

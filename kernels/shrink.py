@@ -9,12 +9,14 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
-from .tiles import dot, fold, keep_mask, left_term, load_rank_tile, mix, right_term, term
+from .select import Selected
+from .tiles import dot, fold, keep_mask, left_term, load_rank_tile, mix, right_term, select_tiles, term
 
 
 @triton.jit
 def _shrink_fwd_kernel(
     X_ptr,
+    Logits_ptr,
     Bank_ptr,
     Idx_ptr,
     W_ptr,
@@ -23,8 +25,10 @@ def _shrink_fwd_kernel(
     M,
     K,
     R,
+    H,
     stride_xm,
     stride_xk,
+    stride_row,
     stride_i,
     stride_t,
     drop_threshold,
@@ -36,6 +40,11 @@ def _shrink_fwd_kernel(
     TERMS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SELECT: tl.constexpr,
+    K_PAD: tl.constexpr,
+    R_SELECT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,7 +56,13 @@ def _shrink_fwd_kernel(
     offs_i = offs_n % R_PAD
     mask_i = (offs_i < R) & (offs_n // R_PAD < TERMS)
     acc = tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32)
-    for start_k in range(plane * COLUMNS, tl.minimum(K, (plane + 1) * COLUMNS), BLOCK_K):
+    end_k = tl.minimum(K, (plane + 1) * COLUMNS)
+    if SELECT:
+        select_tiles(
+            Logits_ptr, Idx_ptr, W_ptr, plane * COLUMNS, end_k, R, H, stride_row, stride_i, stride_t,
+            VECTOR, TOPK, K_PAD, R_SELECT, ONE_BLOCK, BLOCK_H,
+        )  # fmt: skip
+    for start_k in range(plane * COLUMNS, end_k, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
@@ -161,20 +176,22 @@ class Dropout(NamedTuple):
 
 
 def launch_shrink_fwd(
-    x: Tensor, vector_bank: Tensor, indices: Tensor, weights: Tensor, r: int, dropout: Dropout
+    x: Tensor, vector_bank: Tensor, selected: Selected, logits: Tensor | None, r: int, dropout: Dropout
 ) -> Tensor:
     """s = dropout(x) A^T, in planes to be added up in order.
 
     Args:
         x: (M, K), any strides.
         vector_bank: (num_vectors, vector_length), contiguous.
-        indices, weights: of A's rows, `select.launch_select`.
+        selected: of A's rows; where `logits` are given it is written, by the same launch.
+        logits: those of A, (rows, num_vectors), the last dimension contiguous.
         dropout: what to drop of x.
     Returns:
         (planes, M, r) fp32.
     """
     M, K = x.shape
     config = tuning.shrink_fwd(M, K, x.dtype, r)
+    topk = selected.indices.shape[-1]
     planes = config.pop("SPLIT")
     s = torch.empty((planes, M, r), dtype=torch.float32, device=x.device)
     vector_length = vector_bank.shape[1]
@@ -182,24 +199,29 @@ def launch_shrink_fwd(
         _shrink_fwd_kernel,
         (triton.cdiv(M, config["BLOCK_M"]), planes),
         X_ptr=x,
+        Logits_ptr=logits,
         Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
+        Idx_ptr=selected.indices,
+        W_ptr=selected.weights,
         Seed_ptr=dropout.seed,
         S_ptr=s,
         M=M,
         K=K,
         R=r,
+        H=vector_bank.shape[0],
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
+        stride_row=0 if logits is None else logits.stride(0),
         stride_i=K // vector_length,
         stride_t=1,
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
         VECTOR=vector_length,
-        TOPK=indices.shape[1],
+        TOPK=topk,
         INPUT_PRECISION=tuning.input_precision(),
         DROPOUT=dropout.seed is not None,
+        SELECT=logits is not None,
+        **tuning.select_tiles(vector_bank.shape[0], topk, r),
         **tuning.rank_layout(x.dtype, r),
         **config,
     )
@@ -210,8 +232,7 @@ def launch_shrink_bwd(
     x: Tensor,
     ds: Tensor,
     vector_bank: Tensor,
-    indices: Tensor,
-    weights: Tensor,
+    selected: Selected,
     dropout: Dropout,
     *,
     need_dx: bool,
@@ -222,7 +243,7 @@ def launch_shrink_bwd(
     Args:
         x: (M, K), any strides.
         ds: (M, r) fp32, contiguous.
-        vector_bank, indices, weights, dropout: as in `launch_shrink_fwd`.
+        vector_bank, selected, dropout: as in `launch_shrink_fwd`.
     Returns:
         dx (M, K) in x's dtype, and dA (planes, r, K) fp32, to be added up in order; None where not needed.
     """
@@ -238,8 +259,8 @@ def launch_shrink_bwd(
         X_ptr=x,
         DS_ptr=ds,
         Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
+        Idx_ptr=selected.indices,
+        W_ptr=selected.weights,
         Seed_ptr=dropout.seed,
         DX_ptr=dx,
         DA_ptr=dA,
@@ -253,7 +274,7 @@ def launch_shrink_bwd(
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
         VECTOR=vector_length,
-        TOPK=indices.shape[1],
+        TOPK=selected.indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
         DROPOUT=dropout.seed is not None,
         NEED_DX=need_dx,

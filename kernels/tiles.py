@@ -17,6 +17,8 @@ a part.
 import triton
 import triton.language as tl
 
+from .select import select_rows
+
 
 @triton.jit
 def _mix_once(Bank_ptr, Idx_ptr, W_ptr, entry, bank_col, mask_entry, mask_tile, acc, j, VECTOR: tl.constexpr):
@@ -148,3 +150,33 @@ def keep_mask(Seed_ptr, offs_m, start_k, threshold, BLOCK_M: tl.constexpr, BLOCK
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_M, BLOCK_K // 8, 2, 2), the words in order
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, (BLOCK_M, BLOCK_K)).to(tl.int32) >= threshold
+
+
+@triton.jit
+def select_tiles(
+    Logits_ptr,
+    Idx_ptr,
+    W_ptr,
+    start_c,
+    end_c,
+    R,
+    H,
+    stride_row,
+    stride_i,
+    stride_t,
+    VECTOR: tl.constexpr,
+    TOPK: tl.constexpr,
+    K_PAD: tl.constexpr,
+    R_SELECT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Select for every row of a composed matrix, in the tiles that hold columns start_c .. end_c; then `mix` may read.
+
+    Programs that share a tile write the same values to the same place; each reads back what it wrote itself.
+    """
+    offs_i = tl.arange(0, R_SELECT)
+    for tile in range(start_c // VECTOR, tl.cdiv(end_c, VECTOR)):
+        offs_row = offs_i * stride_i + tile * stride_t
+        select_rows(Logits_ptr, Idx_ptr, W_ptr, offs_row, offs_i < R, H, stride_row, TOPK, K_PAD, ONE_BLOCK, BLOCK_H)
+    tl.debug_barrier()

@@ -65,6 +65,19 @@ def select(H: int, topk: int) -> dict[str, int]:
     }
 
 
+# Rows up to which selection is part of the products: one launch less, where there is little else to do.
+FEW_ROWS = 16
+
+
+def select_tiles(H: int, topk: int, r: int) -> dict[str, int]:
+    """Selection inside a product, for the r rows of one tile."""
+    rows = power_of_2(r)
+    # In one block where it fits, else in small ones: between the two ptxas spills (bench.kernels_report).
+    one_block = power_of_2(H) * max(rows, power_of_2(topk)) <= 1024
+    block_h = power_of_2(H) if one_block else max(16, 512 // max(rows, power_of_2(topk)))
+    return {"K_PAD": power_of_2(topk), "R_SELECT": rows, "ONE_BLOCK": one_block, "BLOCK_H": block_h}
+
+
 def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
     """Rows, launch options and columns of the tile of an activation that one step of a product works on.
 
@@ -78,7 +91,9 @@ def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
         rows, columns, warps, stages = 64, 64, 4, 2
     else:
         rows, columns, warps, stages = 64, 128, 4, 3
-    return 16 if M <= 16 else rows, {"num_warps": warps, "num_stages": stages}, columns
+    if M <= FEW_ROWS:
+        rows, stages = 16, min(stages, 2)
+    return rows, {"num_warps": warps, "num_stages": stages}, columns
 
 
 def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:

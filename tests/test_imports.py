@@ -15,9 +15,10 @@ STDLIB = set(sys.stdlib_module_names)
 RULES = [
     ("kernels/", {"torch", "triton", "numpy", "vblora_triton.kernels"}),
     ("vblora_triton/reference.py", {"torch"}),
-    ("vblora_triton/**/config.py", {"vblora_triton.tuner.config"}),
-    ("vblora_triton/triton_ops.py", {"torch", "vblora_triton.kernels"}),
-    ("vblora_triton/ops.py", {"torch", "vblora_triton.reference", "vblora_triton.triton_ops"}),
+    ("vblora_triton/**/config.py", {"vblora_triton.tuner.config", "vblora_triton.hub"}),
+    ("vblora_triton/checks.py", {"torch"}),
+    ("vblora_triton/triton_ops/", {"torch", "vblora_triton.kernels", "vblora_triton.triton_ops"}),
+    ("vblora_triton/ops.py", {"torch", *(f"vblora_triton.{name}" for name in ("checks", "reference", "triton_ops"))}),
 ]
 
 

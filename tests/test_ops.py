@@ -246,6 +246,6 @@ def test_bad_argument_is_named(changes, error, message):
 def test_rank_beyond_the_kernels_limit_is_named_and_auto_takes_the_reference():
     case = LinearCase(M=2, K=8, N=8, r=65, h=5, b=8)
     tensors = [t.detach() for t in case.tensors().values()][:-1]
-    with pytest.raises(ValueError, match="r is 65, its limit 64"):
+    with pytest.raises(ValueError, match="`r` is 65, and its limit is 64"):
         ops.vblora_linear(*tensors, case.k, backend="triton")
     assert torch.equal(ops.vblora_linear(*tensors, case.k), reference.vblora_linear(*tensors, case.k))

@@ -38,8 +38,21 @@ def compose(logits: Tensor, vector_bank: Tensor, topk: int) -> Tensor:
     Returns:
         (*rows, vector_length), in the dtype of `vector_bank`.
     """
-    indices, weights = select(logits, topk)
-    return (weights.unsqueeze(-1) * vector_bank[indices]).sum(-2).to(vector_bank.dtype)
+    return compose_selected(*select(logits, topk), vector_bank)
+
+
+def compose_selected(indices: Tensor, weights: Tensor, vector_bank: Tensor) -> Tensor:
+    """Mix bank vectors that were selected before: sum_k weights_k * vector_bank[indices_k].
+
+    Args:
+        indices: (*rows, topk), integer.
+        weights: (*rows, topk), floating.
+        vector_bank: (num_vectors, vector_length), floating.
+    Returns:
+        (*rows, vector_length), in the dtype of `vector_bank`.
+    """
+    # Long, because uint8 would index as a mask.
+    return (weights.unsqueeze(-1) * vector_bank[indices.long()]).sum(-2).to(vector_bank.dtype)
 
 
 def low_rank_matrices(logits_A: Tensor, logits_B: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -54,10 +67,11 @@ def low_rank_matrices(logits_A: Tensor, logits_B: Tensor, vector_bank: Tensor, t
     Returns:
         A (r, in) and B (out, r), in the dtype of `vector_bank`.
     """
-    r = logits_A.shape[0]
-    A = compose(logits_A, vector_bank, topk).reshape(r, -1)
-    B = compose(logits_B, vector_bank, topk).transpose(1, 2).reshape(-1, r)
-    return A, B
+    return _placed(compose(logits_A, vector_bank, topk), compose(logits_B, vector_bank, topk))
+
+
+def _placed(rows_A: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+    return rows_A.flatten(1), rows_B.transpose(1, 2).flatten(0, 1)
 
 
 def vblora_linear(
@@ -86,7 +100,33 @@ def vblora_linear(
     Returns:
         (*batch, out), in the dtype of `base_out`, or of `x` where there is none.
     """
-    A, B = low_rank_matrices(logits_A, logits_B, vector_bank, topk)
+    return _add_update(x, base_out, *low_rank_matrices(logits_A, logits_B, vector_bank, topk), dropout_p, training)
+
+
+def vblora_linear_selected(
+    x: Tensor,
+    base_out: Tensor | None,
+    indices_A: Tensor,
+    weights_A: Tensor,
+    indices_B: Tensor,
+    weights_B: Tensor,
+    vector_bank: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """`vblora_linear` from selections made before.
+
+    Args:
+        indices_A, weights_A: (r, in/b, topk), integer and floating.
+        indices_B, weights_B: (out/b, r, topk).
+        x, base_out, vector_bank, dropout_p, training: see `vblora_linear`.
+    """
+    rows = compose_selected(indices_A, weights_A, vector_bank), compose_selected(indices_B, weights_B, vector_bank)
+    return _add_update(x, base_out, *_placed(*rows), dropout_p, training)
+
+
+def _add_update(x: Tensor, base_out: Tensor | None, A: Tensor, B: Tensor, dropout_p: float, training: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, A.dtype)
     update = F.linear(F.linear(F.dropout(x, dropout_p, training).to(dtype), A.to(dtype)), B.to(dtype))
     return update.to(x.dtype) if base_out is None else (base_out + update).to(base_out.dtype)

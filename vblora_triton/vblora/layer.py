@@ -123,6 +123,35 @@ class VBLoRALayer(MergingLayer):
         self.inference_only_adapters.discard(adapter_name)
 
 
+class SelectionCache:
+    """What the logits of each adapter select, as long as they stay as they are; evaluation selects once.
+
+    A change counts when the parameter's version does, as for optimizers, `copy_` and `load_state_dict`. A write through
+    `.data` does not: call `train()` or `eval()` of the layer or the model after it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[Any, ...], ops.Selection]] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Copies and pickles start empty.
+        return SelectionCache, ()
+
+    def get(self, adapter: str, logits_A: Tensor, logits_B: Tensor, topk: int, backend: str) -> ops.Selection:
+        """Return the adapter's selection, made now if the logits have changed since the last call."""
+        if logits_A.is_inference() or logits_B.is_inference():
+            # Such tensors do not count versions.
+            return ops.select(logits_A, logits_B, topk, backend=backend)
+        state = (logits_A.data_ptr(), logits_A._version, logits_B.data_ptr(), logits_B._version, topk)
+        if adapter not in self._known or self._known[adapter][0] != state:
+            self._known[adapter] = (state, ops.select(logits_A, logits_B, topk, backend=backend))
+        return self._known[adapter][1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+
+
 class Linear(nn.Linear, VBLoRALayer):
     """nn.Linear, or transformers' Conv1D, with VB-LoRA adapters.
 
@@ -157,6 +186,7 @@ class Linear(nn.Linear, VBLoRALayer):
     ) -> None:
         # nn.Linear's own __init__ would make a weight of its own.
         nn.Module.__init__(self)
+        self._selections = SelectionCache()
         VBLoRALayer.__init__(self, base_layer, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
@@ -181,21 +211,46 @@ class Linear(nn.Linear, VBLoRALayer):
         result = self.base_layer(x, *args, **kwargs)
         for adapter in self.active_adapters:
             if adapter in self.vblora_logits_A and adapter not in self.merged_adapters:
-                dropout = self.vblora_dropout[adapter]
-                bank = self.vblora_vector_bank[adapter]
-                result = ops.vblora_linear(
-                    x,
-                    result,
-                    self.vblora_logits_A[adapter],
-                    self.vblora_logits_B[adapter],
-                    # Of a model that is spread over devices, the one bank is elsewhere for some layers.
-                    bank if bank.device == x.device else bank.to(x.device),
-                    self.topk[adapter],
-                    dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
-                    training=dropout.training,
-                    backend=self.backend,
-                )
+                result = self._add_update(adapter, x, result)
         return result
+
+    def _add_update(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        bank = self.vblora_vector_bank[adapter]
+        # Of a model that is spread over devices, the one bank is elsewhere for some layers.
+        bank = bank if bank.device == x.device else bank.to(x.device)
+        logits = (self.vblora_logits_A[adapter], self.vblora_logits_B[adapter])
+        dropout = self.vblora_dropout[adapter]
+        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        options: dict[str, Any] = {"dropout_p": p, "training": dropout.training, "backend": self.backend}
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            selection = self._selections.get(adapter, *logits, self.topk[adapter], self.backend)
+            return ops.vblora_linear_selected(x, result, *selection, bank, **options)
+        op = ops.vblora_linear_ if self._may_write(result) else ops.vblora_linear
+        return op(x, result, *logits, bank, self.topk[adapter], **options)
+
+    def _may_write(self, result: Tensor) -> bool:
+        """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
+
+        It is a plain linear's: neither its backward, nor a hook, nor another tensor that it is a view of needs it.
+        """
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and "forward" not in vars(base)
+            and not base._forward_hooks
+            and not torch.nn.modules.module._global_forward_hooks
+            and result._base is None
+            and result.is_contiguous()
+        )
+
+    def train(self, mode: bool = True) -> Linear:
+        """Switch between training and evaluation; what evaluation remembers of the logits is forgotten."""
+        self._selections.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._selections.clear()
+        return super()._apply(*args, **kwargs)
 
     def _get_low_rank_matrix(self, logits: Tensor, vblora_vector_bank: Tensor, topk: int) -> Tensor:
         """Mix, for each row of logits (*rows, num_vectors), its top-k bank vectors: (*rows, vector_length)."""

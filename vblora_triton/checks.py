@@ -1,0 +1,94 @@
+"""The checks of `ops`: what an argument is, what it must be, and how to get there."""
+
+import torch
+from torch import Tensor
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Check that all are floating tensors on one device; None is allowed to be absent.
+
+    Raises:
+        TypeError: one is no floating tensor.
+        ValueError: they are on different devices.
+    """
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None and name == "base_out":
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"`{name}` must be a floating tensor, not {what}.")
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"`{name}` is on {tensor.device} and `{first}` on {device}; move them to one device.")
+
+
+def check_topk(topk: int, num_vectors: int) -> None:
+    """Check that topk is an int from 1 to num_vectors."""
+    if isinstance(topk, bool) or not isinstance(topk, int):
+        raise TypeError(f"`topk` must be an int, not {type(topk).__name__}.")
+    if not 1 <= topk <= num_vectors:
+        raise ValueError(f"`topk` is {topk}; it must be from 1 to the {num_vectors} vectors of the bank.")
+
+
+def check_bank(vector_bank: Tensor) -> None:
+    """Check that the bank is a matrix and not empty."""
+    if vector_bank.dim() != 2 or 0 in vector_bank.shape:
+        raise ValueError(
+            f"`vector_bank` has shape {tuple(vector_bank.shape)}; it must be (num_vectors, vector_length), neither 0."
+        )
+
+
+def check_linear(
+    x: Tensor, base_out: Tensor | None, vector_bank: Tensor, A: Tensor, B: Tensor, last: int, what: str
+) -> None:
+    """Check the sizes of a linear's arguments against each other.
+
+    Args:
+        A, B: (r, in/b, last) and (out/b, r, last).
+        what: "logits", with `last` the num_vectors, or "indices", with the topk.
+    """
+    check_bank(vector_bank)
+    b = vector_bank.shape[1]
+    if x.dim() == 0:
+        raise ValueError("`x` is a scalar; it must be (*batch, in).")
+    if A.dim() != 3 or A.shape[0] < 1 or A.shape[1] * b != x.shape[-1] or A.shape[2] != last:
+        raise ValueError(
+            f"`{what}_A` has shape {tuple(A.shape)}; with x {tuple(x.shape)} and a bank {tuple(vector_bank.shape)} "
+            f"it must be (r, {x.shape[-1] / b:g}, {last}): `vector_length` must divide the input features."
+        )
+    if B.dim() != 3 or B.shape[1:] != (A.shape[0], last):
+        raise ValueError(
+            f"`{what}_B` has shape {tuple(B.shape)}; with {what}_A {tuple(A.shape)} it must be "
+            f"(out / {b}, {A.shape[0]}, {last})."
+        )
+    out = (*x.shape[:-1], B.shape[0] * b)
+    if base_out is not None and base_out.shape != out:
+        raise ValueError(
+            f"`base_out` has shape {tuple(base_out.shape)}; with x {tuple(x.shape)} and {what}_B {tuple(B.shape)} "
+            f"it must be {out}."
+        )
+
+
+def check_selected(x: Tensor, indices: Tensor, weights: Tensor, which: str) -> None:
+    """Check the dtypes, shapes and device of one matrix's selection."""
+    if indices.dtype != torch.int32 or weights.dtype != torch.float32:
+        raise TypeError(
+            f"`indices_{which}` and `weights_{which}` are {indices.dtype} and {weights.dtype}; "
+            "they must be int32 and float32."
+        )
+    if indices.shape != weights.shape or indices.device != x.device:
+        raise ValueError(
+            f"`indices_{which}` has shape {tuple(indices.shape)} on {indices.device} and `weights_{which}` "
+            f"{tuple(weights.shape)}; the shapes must agree, and the device must be that of x, {x.device}."
+        )
+    if weights.requires_grad:
+        raise ValueError(f"`weights_{which}` requires a gradient, but a selection is frozen; train the logits.")
+
+
+def dropout_in_force(dropout_p: float, training: bool) -> float:
+    """Check the probability, and return it, or 0 where not training."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"`dropout_p` is {dropout_p}; it is a probability, from 0 to 1.")
+    return float(dropout_p) if training else 0.0

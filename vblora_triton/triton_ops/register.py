@@ -1,0 +1,48 @@
+"""How an operator is defined: schema, implementation, fake and, where it is differentiable, autograd formula."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("vblora_triton", "DEF")
+
+
+def define(name: str, arguments: str, returns: str, implementation: Callable, fake: Callable) -> None:
+    """Define the operator `vblora_triton::name(arguments) -> returns`; autograd does not look inside it."""
+    _library.define(f"{name}({arguments}) -> {returns}")
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"vblora_triton::{name}", fake, lib=_library)
+
+
+def define_differentiable(name: str, arguments: str, function: Any, fwd: str, fwd_fake: Callable) -> None:
+    """Define the operator `name`, which returns the first result of the operator `fwd`.
+
+    Its gradient is that of `function`, a torch.autograd.Function that calls operators opaque to the compiler. As the
+    implementation for the Autograd key this is the cheapest form that torch.compile and opcheck accept.
+    """
+
+    def forward(*args: Any) -> Tensor:
+        return getattr(torch.ops.vblora_triton, fwd)(*args)[0]
+
+    def autograd(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return function.apply(*args)
+        with below_autograd():
+            return forward(*args)
+
+    define(name, arguments, "Tensor", forward, lambda *args: fwd_fake(*args)[0])
+    _library.impl(name, autograd, "Autograd")
+
+
+def below_autograd() -> Any:
+    """Inside the context operators run without a look at autograd."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def scatter(needs: list[bool], grads: list[Tensor]) -> list[Tensor | None]:
+    """Put the gradients that were needed in the places of all."""
+    given = iter(grads)
+    return [next(given) if need else None for need in needs]
