@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 
 import torch
@@ -68,6 +69,13 @@ def cases(names: list[str]) -> Iterator[dict]:
         yield {"shape": names[0], "K": K, "N": N, "M": 4096, "h": 256, "dtype": "bf16"} | change
 
 
+def activation_offsets(ttir: str, dtype: str, bits: int) -> int:
+    """Count the tensors of pointers to 16-bit elements, which only activations have, that offsets of `bits` make."""
+    pointer = {"bf16": "bf16", "fp16": "f16"}.get(dtype)
+    # `%p = tt.addptr %base, %offset : tensor<64x128x!tt.ptr<bf16>>, tensor<64x128xi32>`
+    return len(re.findall(rf"tt\.addptr .*!tt\.ptr<{pointer}>>, tensor<[\dx]*xi{bits}>", ttir)) if pointer else 0
+
+
 def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
     """One row for each kernel, chip and distinct set of compile-time choices."""
     rows: list[dict] = []
@@ -90,9 +98,15 @@ def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
                     for key, value in kernel.arguments.items()
                     if key.startswith("BLOCK") or key == "num_warps"
                 }
+                for bits in (32, 64):
+                    row[f"offsets_{bits}"] = activation_offsets(kernel.ttir, case["dtype"], bits)
                 if with_sass and target.startswith("sm") and case["M"] == 4096:
                     code = sass(kernel)
-                    row |= {"wide_loads": code.count(".128"), "hgmma": code.count("HGMMA"), "hmma": code.count("HMMA")}
+                    row |= {
+                        "wide_loads": len(re.findall(r"LDG(?:STS)?\.E[.\w]*\.128", code)),
+                        "narrow_loads": len(re.findall(r"LDG\.E\.U16", code)),
+                        "hgmma": code.count("HGMMA"),
+                    }
                 rows.append(row)
     return rows
 

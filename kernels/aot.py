@@ -33,7 +33,8 @@ class Compiled:
     """One kernel compiled for one chip.
 
     registers: per thread. shared: bytes per program. spills: what went to local or scratch memory for want of
-    registers, in bytes per thread on NVIDIA, in registers on AMD. binary: the cubin, or AMD's assembly.
+    registers, in bytes per thread on NVIDIA, in registers on AMD. ttir: Triton's own code. binary: the cubin, or AMD's
+    assembly.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Compiled:
     registers: int
     shared: int
     spills: int
+    ttir: str
     binary: bytes
 
 
@@ -102,7 +104,9 @@ def _read(kernel: Any, target: str, arguments: dict[str, Any]) -> Compiled:
         usage = kernel.asm["amdgcn"]
         binary = usage.encode()
         registers, spills = _number(r"\.vgpr_count:\s+", usage), _number(r"\.vgpr_spill_count:\s+", usage)
-    return Compiled(kernel.metadata.name, target, arguments, registers, kernel.metadata.shared, spills, binary)
+    return Compiled(
+        kernel.metadata.name, target, arguments, registers, kernel.metadata.shared, spills, kernel.asm["ttir"], binary
+    )
 
 
 def _number(label: str, text: str) -> int:

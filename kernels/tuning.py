@@ -120,7 +120,7 @@ def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     k_pad = power_of_2(topk)
     return {
         "K_PAD": k_pad,
-        "BLOCK_V": 64 if H >= 1024 else 16,
+        "BLOCK_V": 32,
         "BLOCK_E": 16,
         "BLOCK_C": max(16, min(power_of_2(vector_length), 64)),
         "BLOCK_ROW": max(16, min(power_of_2(vector_length), 512 // k_pad)),

@@ -7,7 +7,7 @@ import torch
 
 import vblora_triton
 from tests.linear_case import LinearCase, in_float64
-from tests.tolerance import assert_as_exact_as_eager
+from tests.tolerance import assert_as_exact_as_eager, relative_error
 from vblora_triton import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +23,6 @@ CASES = [
     {"M": 17, "K": 40, "N": 8, "r": 5, "h": 300, "b": 8, "k": 2, "base": False, "layout": "gaps"},
     {"M": 130, "K": 256, "N": 512, "r": 4, "h": 256, "b": 256, "k": 3},
     {"M": 130, "K": 144, "N": 96, "r": 5, "h": 256, "b": 48, "k": 1, "base": False},
-    {"M": 3, "K": 8, "N": 8, "r": 1, "h": 300, "b": 8, "k": 300},
     {"M": 2, "K": 48, "N": 48, "r": 5, "h": 60, "b": 48, "k": 60},
     {"batch": (), "K": 96, "N": 48, "r": 4, "h": 60, "b": 48, "k": 2},
     {"batch": (3, 5), "K": 48, "N": 96, "r": 4, "h": 3, "b": 48, "k": 2, "layout": "transposed"},
@@ -36,7 +35,11 @@ def cases(*dicts: dict, dtypes=DTYPES, **more):
     return [pytest.param(case := LinearCase(dtype=d, **c, **more), id=str(case)) for c in dicts for d in dtypes]
 
 
-@pytest.mark.parametrize("case", cases(*CASES))
+# As many as there are vectors; the interpreter takes a step for each, in every tile.
+ALL_OF_300 = {"M": 3, "K": 8, "N": 8, "r": 1, "h": 300, "b": 8, "k": 300}
+
+
+@pytest.mark.parametrize("case", cases(*CASES) + cases(ALL_OF_300, dtypes=DTYPES[:1]))
 def test_triton_linear_and_each_gradient_are_as_exact_as_eager(case):
     tensors = case.tensors()
     truth = case.run(reference.vblora_linear, in_float64(tensors))
@@ -56,9 +59,9 @@ def test_triton_linear_takes_16_bit_parameters(case):
         assert_as_exact_as_eager(value, eager[name], truth[name], torch.bfloat16, name)
 
 
-@pytest.mark.parametrize("needed", [c for n in (1, 2) for c in itertools.combinations(range(5), n)], ids=str)
-def test_each_gradient_alone_is_the_one_of_all_together(needed):
-    case = LinearCase()
+@pytest.mark.parametrize("needed", [c for n in range(1, 5) for c in itertools.combinations(range(5), n)], ids=str)
+def test_gradients_of_any_of_the_inputs_are_those_of_all_together(needed):
+    case = LinearCase(M=5, K=16, N=24, b=8, h=5)
     everything = case.run(ops.vblora_linear, case.tensors(), backend="triton")
     tensors = case.tensors()
     inputs = {name: t for name, t in tensors.items() if name != "dy"}
@@ -69,6 +72,100 @@ def test_each_gradient_alone_is_the_one_of_all_together(needed):
     grads = torch.autograd.grad(y, [inputs[name] for name in wanted], tensors["dy"])
     for name, grad in zip(wanted, grads, strict=True):
         assert torch.equal(grad, everything[name]), name
+
+
+@pytest.mark.parametrize("r", [4, 16])
+@pytest.mark.parametrize("M", [9, 40])
+def test_update_alone_is_exact_to_1e_5(r, M):
+    # Kept in float32, as an update in bf16 would be rounded to 8 bits whatever computed it.
+    case = LinearCase(M=M, K=192, N=144, r=r, dtype=torch.bfloat16, seed=r)
+    tensors = case.tensors()
+    tensors["base_out"] = torch.zeros_like(tensors["base_out"], dtype=torch.float32)
+    x, base, *parameters, _ = tensors.values()
+    truth = reference.vblora_linear(x.double(), None, *(t.double() for t in parameters), case.k)
+    assert relative_error(ops.vblora_linear(x, base, *parameters, case.k, backend="triton"), truth) < 1e-5
+
+
+@pytest.mark.parametrize("case", cases(CASES[2], CASES[4], CASES[9], CASES[0], dtypes=DTYPES[:2]))
+def test_selected_linear_and_its_gradients_are_those_of_the_logits(case):
+    tensors = case.tensors()
+    whole = case.run(reference.vblora_linear, in_float64(tensors))
+    x, base = tensors["x"], tensors.get("base_out")
+    logits = [tensors["logits_A"].detach(), tensors["logits_B"].detach()]
+    wanted = {name: tensors[name] for name in ("x", "base_out", "vector_bank") if name in tensors}
+    results = {}
+    for backend in ("triton", "reference"):
+        selection = ops.select(*logits, case.k, backend=backend)
+        y = ops.vblora_linear_selected(x, base, *selection, tensors["vector_bank"], backend=backend)
+        results[backend] = [y, *torch.autograd.grad(y, list(wanted.values()), tensors["dy"])]
+    for name, value, eager in zip(("y", *wanted), results["triton"], results["reference"], strict=True):
+        assert_as_exact_as_eager(value, eager, whole[name], case.dtype, name)
+
+
+def test_a_selection_is_checked_and_frozen():
+    tensors = [t.detach() for t in LinearCase(M=2, K=16, N=24, b=8, h=5).tensors().values()]
+    x, base, logits_A, logits_B, bank, _ = tensors
+    selection = ops.select(logits_A, logits_B, 2)
+    for change, error, message in (
+        ({"indices_A": selection.indices_A.long()}, TypeError, "`indices_A` and `weights_A` are torch.int64"),
+        ({"indices_B": selection.indices_B[:1]}, ValueError, "`indices_B` has shape"),
+        ({"weights_A": selection.weights_A.clone().requires_grad_()}, ValueError, "`weights_A` requires a gradient"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.vblora_linear_selected(x, base, **selection._asdict() | change, vector_bank=bank)
+    with pytest.raises(ValueError, match=r"`logits_A` has shape \(4, 2, 5\) and `logits_B` \(2, 4, 5\)|must be"):
+        ops.select(logits_A, logits_B[:, :2], 2)
+
+
+def test_operators_of_a_selection_pass_opcheck():
+    tensors = [t.detach() for t in LinearCase(M=20, K=16, N=24, b=8, h=5).tensors().values()]
+    x, base, logits_A, logits_B, bank, _ = tensors
+    operators = torch.ops.vblora_triton
+    torch.library.opcheck(operators.vblora_select.default, (logits_A, logits_B, 2))
+    selection = ops.select(logits_A, logits_B, 2, backend="triton")
+    for grad in (True, False):
+        inputs = [t.clone().requires_grad_(grad) for t in (x, base, bank)]
+        arguments = (*inputs[:2], *selection, inputs[2], 0.0, None)
+        torch.library.opcheck(operators.vblora_linear_selected.default, arguments)
+    arguments = (x, base, logits_A, logits_B, bank, 2, 0.0, None)
+    torch.library.opcheck(operators.vblora_linear_fwd_.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_in_place_is_the_same_in_base_outs_memory(backend):
+    case = LinearCase(M=20)
+    out, inside = case.tensors(), case.tensors()
+    expected = case.run(ops.vblora_linear, out, backend=backend)
+
+    def in_place(x, base_out, *rest, **options):
+        # As a base layer makes it: not a leaf.
+        result = base_out * 1
+        y = ops.vblora_linear_(x, result, *rest, **options)
+        assert y.data_ptr() == result.data_ptr()
+        return y
+
+    actual = case.run(in_place, inside, backend=backend)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+    inside["base_out"] = inside["base_out"].detach().T.contiguous().T
+    with pytest.raises(ValueError, match="contiguous"):
+        case.run(ops.vblora_linear_, inside, backend=backend)
+
+
+def test_largest_sizes_of_the_documented_limits():
+    for sizes in (
+        {"M": 3, "K": 16, "N": 8, "r": 64, "h": 9, "b": 8, "k": 2},
+        {"M": 3, "K": 2048, "N": 2048, "r": 1, "h": 3, "b": 2048, "k": 2},
+        {"M": 3, "K": 8, "N": 8, "r": 1, "h": 65536, "b": 8, "k": 3},
+        {"M": 20, "K": 8, "N": 8, "r": 2, "h": 70, "b": 8, "k": 32},
+        {"M": 20, "K": 7, "N": 5, "r": 3, "h": 9, "b": 1, "k": 2},
+    ):
+        case = LinearCase(dtype=torch.bfloat16, **sizes)
+        tensors = case.tensors()
+        truth = case.run(reference.vblora_linear, in_float64(tensors))
+        eager = case.run(reference.vblora_linear, tensors)
+        for name, value in case.run(ops.vblora_linear, tensors, backend="triton").items():
+            assert_as_exact_as_eager(value, eager[name], truth[name], case.dtype, f"{case} {name}")
 
 
 def test_no_gradient_is_recorded_without_need():
@@ -243,9 +340,19 @@ def test_bad_argument_is_named(changes, error, message):
         ops.vblora_linear(**valid(**changes))
 
 
-def test_rank_beyond_the_kernels_limit_is_named_and_auto_takes_the_reference():
-    case = LinearCase(M=2, K=8, N=8, r=65, h=5, b=8)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"r": 65}, "`r` is 65, and its limit is 64"),
+        ({"h": 65537}, "`num_vectors` is 65537, and its limit is 65536"),
+        ({"h": 1025, "k": 1025}, "`topk` is 1025, and its limit is 1024"),
+        ({"b": 2049, "K": 2049, "N": 2049}, "`vector_length` is 2049, and its limit is 2048"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else None,
+)
+def test_size_beyond_the_kernels_limits_is_named_and_auto_takes_the_reference(sizes, message):
+    case = LinearCase(**{"M": 2, "K": 8, "N": 8, "r": 2, "h": 5, "b": 8} | sizes)
     tensors = [t.detach() for t in case.tensors().values()][:-1]
-    with pytest.raises(ValueError, match="`r` is 65, and its limit is 64"):
+    with pytest.raises(ValueError, match=message):
         ops.vblora_linear(*tensors, case.k, backend="triton")
     assert torch.equal(ops.vblora_linear(*tensors, case.k), reference.vblora_linear(*tensors, case.k))

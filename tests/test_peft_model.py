@@ -285,9 +285,10 @@ def test_a_name_that_cannot_be_one_is_refused(name):
         (lambda m: m.add_adapter("x", {"r": 3}), "`peft_config`"),
         (lambda m: m(input_ids=some_ids(), adapter_names=["default", "__base__"]), "`adapter_names`"),
         (lambda m: m.generate(input_ids=some_ids(), adapter_names=["default", "default"]), "`adapter_names`"),
-        (lambda m: m.push_to_hub("somewhere"), "push_to_hub"),
         (lambda m: get_peft_model(m, config()), "`model`"),
-        (lambda m: get_peft_model(m.get_base_model(), config()), "`model`"),
+        (lambda m: get_peft_model(m.base_model, config()), "`model`"),
+        (lambda m: get_peft_model(m.get_base_model(), config(vector_length=24)), "`vector_length`"),
+        (lambda m: get_peft_model(m.get_base_model(), config(), "a/b"), "`adapter_name`"),
         (lambda m: get_peft_model(tiny_llama(), config(), mixed=True), "`mixed`"),
         (lambda m: get_peft_model("gpt2", config()), "`model`"),
     ],
@@ -300,6 +301,24 @@ def test_what_cannot_be_done_is_refused_by_name_and_changes_nothing(call, word):
     model_before = {k: v for k, v in before.items() if k != "random"}
     assert_unchanged(model, model_before | {"random": torch.get_rng_state()})
     assert torch.equal(outputs(model), result)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_second_get_peft_model_starts_from_the_plain_model(merged):
+    first = adapted(modules_to_save=["lm_head"], bias="all")
+    if merged:
+        first.merge_adapter()
+    base = first.get_base_model()
+    fields = {"target_modules": ["down_proj"], "init_vector_bank_bound": 1.0}
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match="taken off"):
+        second = get_peft_model(base, config(**fields))
+    expected = tiny_llama()
+    torch.manual_seed(5)
+    expected = get_peft_model(expected, config(**fields))
+    assert torch.equal(outputs(second), outputs(expected))
+    assert trained(second) == trained(expected)
+    assert [name for name, _ in second.named_modules()] == [name for name, _ in expected.named_modules()]
 
 
 def test_a_new_layer_keeps_the_mode_of_the_one_it_replaces():

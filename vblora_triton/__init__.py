@@ -8,8 +8,19 @@ from vblora_triton.vblora.config import VBLoRAConfig
 
 if TYPE_CHECKING:
     from vblora_triton import ops
+    from vblora_triton.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from vblora_triton.ops import use_backend
+    from vblora_triton.optim import parameter_groups
     from vblora_triton.peft_model import PeftModel, get_peft_model
+    from vblora_triton.status import get_layer_status, get_model_status
     from vblora_triton.task_models import (
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
@@ -24,6 +35,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -36,8 +54,11 @@ __all__ = [
     "TaskType",
     "VBLoRAConfig",
     "VBLoRAModel",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "ops",
+    "parameter_groups",
     "use_backend",
 ]
 
@@ -45,8 +66,12 @@ __all__ = [
 _HOMES = {
     "use_backend": "ops",
     "PeftModel": "peft_model",
+    "get_layer_status": "status",
+    "get_model_status": "status",
     "get_peft_model": "peft_model",
+    "parameter_groups": "optim",
     "VBLoRAModel": "vblora.model",
+    **{name: "auto" for name in __all__ if name.startswith("AutoPeftModel")},
     **{name: "task_models" for name in __all__ if name.startswith("PeftModelFor")},
 }
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vblora_triton.card import CARD_NAME, model_card
 from vblora_triton.tuner.config import CONFIG_NAME, AdapterFileError, replacing
 from vblora_triton.tuner.keys import adapter_keys
 from vblora_triton.tuner.layer import MergingLayer
@@ -19,6 +20,7 @@ from vblora_triton.tuner.model import BaseTuner
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
+WEIGHT_NAMES = (SAFETENSORS_NAME, BIN_NAME)
 
 # Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
 _WRAPPER_BIAS = re.compile(r"\.(original_module|modules_to_save)\..*bias$")
@@ -69,6 +71,39 @@ def adapter_state_dict(
     return _apart(packed)
 
 
+def save_adapters(
+    tuner: BaseTuner,
+    save_directory: str | os.PathLike,
+    adapter_names: list[str],
+    state_dict: dict[str, Tensor] | None = None,
+    safe: bool = True,
+    write: bool = True,
+) -> None:
+    """Write adapters with their configurations and model cards, each into its folder; all are read before any is.
+
+    Args:
+        state_dict: see `adapter_state_dict`.
+        safe: see `write_adapter`.
+        write: else only check that it could be done.
+    Raises:
+        ValueError: `save_directory` is a file, or an adapter cannot be saved in this form.
+    """
+    if Path(save_directory).is_file():
+        raise ValueError(f"`save_directory` is {str(save_directory)!r}, which is a file; give a folder.")
+    states = {name: adapter_state_dict(tuner, name, state_dict) for name in adapter_names}
+    kind = type(tuner.model)
+    for name, tensors in states.items() if write else ():
+        config = tuner.peft_config[name]
+        config.base_model_name_or_path = (
+            config.base_model_name_or_path or getattr(tuner.model, "name_or_path", None) or None
+        )
+        changed: dict[str, Any] = {"inference_mode": True}
+        if config.task_type is None:
+            changed["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        folder = adapter_folder(save_directory, name)
+        write_adapter(folder, tensors, config.to_json(**changed), model_card(config), safe)
+
+
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring tensors to the CPU, contiguous, and no two in the same storage, as safetensors wants them."""
     apart: dict[str, Tensor] = {}
@@ -97,37 +132,9 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config_text: str, ca
             torch.save(tensors, weights)
         config.write_text(config_text, encoding="utf-8")
     (folder / other).unlink(missing_ok=True)
-    if not (folder / "README.md").exists():
-        with replacing(folder / "README.md") as readme:
+    if not (folder / CARD_NAME).exists():
+        with replacing(folder / CARD_NAME) as readme:
             readme.write_text(card, encoding="utf-8")
-
-
-def model_card(config: Any) -> str:
-    """Return a minimal model card for an adapter."""
-    base = config.base_model_name_or_path
-    method = {"VBLORA": "VB-LoRA", "VERA": "VeRA"}.get(str(config.peft_type.value), config.peft_type.value)
-    head = [
-        "---",
-        *([f'base_model: "{base}"'] if base else []),
-        "library_name: peft",
-        "tags:",
-        "- vblora-triton",
-        f"- {config.peft_type.value.lower()}",
-        "---",
-    ]
-    lines = [
-        f"# {method} adapter",
-        "",
-        f"An adapter for {f'`{base}`' if base else 'a base model'}; its settings are in `{CONFIG_NAME}`.",
-        "",
-        "```python",
-        "from vblora_triton import PeftModel",
-        "",
-        "model = PeftModel.from_pretrained(base_model, folder)",
-        "```",
-        "",
-    ]
-    return "\n".join([*head, "", *lines])
 
 
 def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -170,7 +177,7 @@ def check_adapter(
     Args:
         expected: file key -> shape, of the adapter in its full form.
     Returns:
-        file key -> parameter, and whether these serve inference only.
+        What the model is to hold, by key, and whether that serves inference only.
     Raises:
         AdapterFileError: missing or unknown keys, wrong shapes or dtypes, values that are not finite, indices out of
             range; one error that names them all.
@@ -179,49 +186,44 @@ def check_adapter(
     if getattr(config, "bias", "none") == "all":
         stored = {key: tensor for key, tensor in stored.items() if not _WRAPPER_BIAS.search(key)}
     broken: dict[str, str] = {}
-    tensors, inference_only = tuner_class.unpack(config, stored, expected, broken)
-    missing = [key for key in expected if key not in tensors and key not in broken]
+    tensors, expected, inference_only = tuner_class.unpack(config, stored, expected, broken)
+    missing = [key for key in expected if key not in tensors]
     unknown = [key for key in tensors if key not in expected]
     problems = [
         *([f"missing {_some(missing)}"] if missing else []),
         *([f"unknown {_some(unknown)}"] if unknown else []),
     ]
-    for key, shape in expected.items():
-        problem = _tensor_problem(key, tensors[key], shape) if key in tensors else broken.get(key)
+    for key in expected.keys() & tensors.keys():
+        found, shape = tuple(tensors[key].shape), tuple(expected[key])
+        right = found == shape
+        problem = tuner_class.tensor_problem(key, tensors[key]) if right else f"shape {found}, {shape} is needed"
         if problem:
-            problems.append(f"{key}: {problem}")
+            broken[key] = problem
+    problems += [f"{key}: {problem}" for key, problem in sorted(broken.items())]
     if problems:
         raise AdapterFileError(f"{path} does not fit the model and {CONFIG_NAME}: {_some(problems, '; ')}.")
     return tensors, inference_only
 
 
-def _tensor_problem(key: str, tensor: Tensor, shape: tuple[int, ...]) -> str | None:
-    if tuple(tensor.shape) != tuple(shape):
-        return f"shape {tuple(tensor.shape)}, {tuple(shape)} is needed"
-    if not tensor.is_floating_point():
-        # A module that is saved whole may count something in integers.
-        return f"dtype {tensor.dtype}, a floating one is needed" if "vblora_" in key or "vera_" in key else None
-    if ".vblora_logits_" in key:
-        # -inf is an entry that is not selected: a top-k file read and saved again in full by another writer.
-        if torch.isnan(tensor).any() or torch.isposinf(tensor).any() or torch.isneginf(tensor).all(-1).any():
-            return "logits that are NaN or infinite"
-    elif not torch.isfinite(tensor).all():
-        return "values that are not finite"
-    return None
+def check_trainable(is_trainable: bool, inference_only: bool, folder: Path) -> None:
+    """Raise AdapterFileError if an adapter that is to be trained was read from a file that serves inference only."""
+    if is_trainable and inference_only:
+        raise AdapterFileError(
+            f"`is_trainable` is True, but the adapter in {str(folder)!r} was saved as top-k weights, which hold too "
+            "little for training; load one saved in full (save_only_topk_weights=False)."
+        )
 
 
-def fill_adapter(
-    tuner: BaseTuner, adapter_name: str, tensors: dict[str, Tensor], inference_only: bool, dtype: torch.dtype | None
-) -> None:
-    """Put checked parameters into an adapter that is on the model.
+def fill_adapter(tuner: BaseTuner, adapter_name: str, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Put checked tensors into an adapter that is on the model.
 
     A parameter that has values keeps its identity, for an optimizer may hold it; one on the meta device is replaced.
 
     Args:
-        tensors: file key -> value, from `check_adapter`.
-        inference_only: the adapter is to stay frozen.
+        tensors: key -> value, from `check_adapter`.
         dtype: of parameters that were on the meta device; None keeps the file's.
     """
+    tuner.set_form(adapter_name, tensors)
     with torch.no_grad():
         for key, live in adapter_keys(tuner, adapter_name).items():
             owner_name, _, leaf = live.removeprefix("base_model.").rpartition(".")
@@ -232,7 +234,6 @@ def fill_adapter(
                 setattr(owner, leaf, nn.Parameter(value, requires_grad=current.requires_grad))
             else:
                 current.copy_(tensors[key])
-    tuner.mark_inference_only(adapter_name, inference_only)
 
 
 def _device(tuner: BaseTuner, owner_name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,31 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vblora_triton import checkpoint
-from vblora_triton.tuner.config import AdapterFileError, PeftConfig, PeftType, TaskType
+from vblora_triton import card, checkpoint, hub, status
+from vblora_triton.integrations.transformers import SeenAsPefts, accept_in_trainer
+from vblora_triton.methods import tuner_class
+from vblora_triton.tuner.config import PeftConfig, TaskType
+from vblora_triton.tuner.layer import check_adapter_name
+from vblora_triton.tuner.merging import strip_model
 from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.vblora.model import VBLoRAModel
-
-TUNERS: dict[PeftType, type[BaseTuner]] = {PeftType.VBLORA: VBLoRAModel}
-
-
-def tuner_class(config: Any) -> type[BaseTuner]:
-    """Return the model class of a configuration's method.
-
-    Raises:
-        TypeError: `config` is no configuration of this package.
-        ValueError: its method is not one of this package.
-    """
-    if not isinstance(config, PeftConfig):
-        raise TypeError(
-            f"`peft_config` is of type {type(config).__module__}.{type(config).__name__}; give a "
-            "vblora_triton configuration, such as vblora_triton.VBLoRAConfig."
-        )
-    if config.peft_type not in TUNERS:
-        raise ValueError(
-            f"`peft_type` is {config.peft_type!r}; supported: {', '.join(sorted(kind.value for kind in TUNERS))}."
-        )
-    return TUNERS[PeftType(config.peft_type)]
+from vblora_triton.tuner.plan import has_adapters
 
 
 def task_class_for(config: PeftConfig, default: type[PeftModel]) -> type[PeftModel]:
@@ -44,6 +28,15 @@ def task_class_for(config: PeftConfig, default: type[PeftModel]) -> type[PeftMod
     from vblora_triton.task_models import TASK_CLASSES
 
     return default if config.task_type is None else TASK_CLASSES[TaskType(config.task_type)]
+
+
+def is_adapted(model: Any) -> bool:
+    """Say whether a plain model has adapters inside; a PeftModel, or a module that holds one, is no plain model."""
+    return (
+        isinstance(model, nn.Module)
+        and has_adapters(model)
+        and not any(isinstance(module, (PeftModel, BaseTuner)) for module in model.modules())
+    )
 
 
 def get_peft_model(
@@ -58,7 +51,8 @@ def get_peft_model(
     """Put a new adapter on a model, in place, and return the model that trains, runs and saves it.
 
     Args:
-        model: the base model, usually of transformers; its own parameters are frozen.
+        model: the base model, usually of transformers; its own parameters are frozen. Adapters that an earlier call
+            put on it are taken off, with a warning.
         peft_config: what to put on it, for instance a VBLoRAConfig. Kept, and completed: what `target_modules` stood
             for and where the base model came from are filled in.
         adapter_name: its name.
@@ -73,8 +67,17 @@ def get_peft_model(
     """
     if mixed:
         raise ValueError("`mixed` is True; adapters of different methods on one model are not supported: leave it out.")
-    tuner_class(peft_config)
+    method = tuner_class(peft_config)
     kind = task_class_for(peft_config, PeftModel)
+    if is_adapted(model):
+        check_adapter_name(adapter_name)
+        method.plan(peft_config, model, kind.task_heads)
+        warnings.warn(
+            "`model` carried adapters of an earlier call of get_peft_model(); they are taken off, and the model that "
+            "call returned is not to be used any more. To have several, use add_adapter().",
+            stacklevel=2,
+        )
+        strip_model(model)
     adapted = kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     # A model made from a configuration has the empty string for a name.
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
@@ -83,7 +86,7 @@ def get_peft_model(
     return adapted
 
 
-class PeftModel(nn.Module):
+class PeftModel(SeenAsPefts, nn.Module):
     """A model with adapters. What it does not have itself is looked up in the adapted model, then in the plain one.
 
     base_model: the adapted model, for instance a VBLoRAModel; `base_model.model` is the plain one, changed in place.
@@ -115,6 +118,7 @@ class PeftModel(nn.Module):
         super().__init__()
         self.base_model = tuner
         self.peft_type = peft_config.peft_type
+        accept_in_trainer()
 
     # What is on the model.
 
@@ -141,8 +145,7 @@ class PeftModel(nn.Module):
     @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that are trained whole, as the configurations give them."""
-        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
-        return names or None
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     def get_base_model(self) -> nn.Module:
         """Return the plain model, with the adapted layers in it."""
@@ -150,19 +153,20 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Count the parameters that are trained, and all."""
-        trained = total = 0
-        for parameter in self.parameters():
-            # bitsandbytes packs two 4-bit weights into each byte.
-            packed = 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1
-            count = (parameter.numel() or getattr(parameter, "ds_numel", 0)) * packed
-            total += count
-            trained += count if parameter.requires_grad else 0
-        return trained, total
+        return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the counts of `get_nb_trainable_parameters`."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """Return the status of every layer with adapters."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """Return the status of the adapters taken together."""
+        return status.get_model_status(self)
 
     # Running it.
 
@@ -222,47 +226,48 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         subfolder: str | None = None,
+        **download: Any,
     ) -> checkpoint.LoadResult:
         """Put a saved adapter on the model; under the name of one that is there, give that one the saved values.
 
         Args:
-            model_id: a folder with a saved adapter.
+            model_id: a folder with a saved adapter, or its id on the Hub.
             adapter_name: its name here; it acts once `set_adapter` names it, or if it acted before.
-            is_trainable: let it be trained; otherwise it is frozen and the model goes to eval().
+            is_trainable: let it be trained; otherwise a new adapter is frozen, and the model goes to eval().
             autocast_adapter_dtype: parameters in float32; else see `low_cpu_mem_usage`.
             low_cpu_mem_usage: without `autocast_adapter_dtype`, keep the file's dtype instead of the base weight's.
             subfolder: a folder inside `model_id`.
+            download: `revision`, `token`, `cache_dir`, ...; see `hub.local_folder`.
         Raises:
             AdapterFileError: a file that is missing, broken, or does not fit; the model is as it was.
             ValueError: `is_trainable`, and the file serves inference only.
+            TypeError: an unknown option of a download.
         """
-        tuner, folder = self.base_model, Path(model_id, subfolder or "")
+        tuner, folder = self.base_model, hub.local_folder(model_id, checkpoint.WEIGHT_NAMES, subfolder, **download)
         new = adapter_name not in self.peft_config
         if new:
-            config = PeftConfig.from_pretrained(model_id, subfolder)
+            config = PeftConfig.from_pretrained(folder)
             expected = tuner.file_shapes(tuner.plan(config, tuner.model, self.task_heads))
         else:
             config = self.peft_config[adapter_name]
-            expected = {key: tuple(tensor.shape) for key, tensor in tuner.adapter_tensors(adapter_name).items()}
+            expected = tuner.full_shapes(adapter_name)
         tensors, inference_only = checkpoint.check_adapter(type(tuner), config, expected, folder)
-        _check_trainable(is_trainable and inference_only, folder)
+        checkpoint.check_trainable(is_trainable, inference_only, folder)
         if new:
             config.inference_mode = not is_trainable
             tuner.add_adapter(adapter_name, config, low_cpu_mem_usage=True, heads=self.task_heads)
-        self._fill(adapter_name, tensors, inference_only, autocast_adapter_dtype, low_cpu_mem_usage)
+        self._fill(adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage)
         if is_trainable:
             tuner.set_requires_grad(adapter_name)
         else:
             self.eval()
         return checkpoint.LoadResult([], [])
 
-    def _fill(
-        self, adapter_name: str, tensors: dict, inference_only: bool, autocast_adapter_dtype: bool, keep_dtype: bool
-    ) -> None:
+    def _fill(self, adapter_name: str, tensors: dict, autocast_adapter_dtype: bool, keep_dtype: bool) -> None:
         base_dtype = next((layer.weight.dtype for _, layer in self.base_model.layers()), torch.float32)
         dtype = torch.float32 if autocast_adapter_dtype or not base_dtype.is_floating_point else base_dtype
         keep = keep_dtype and not autocast_adapter_dtype
-        checkpoint.fill_adapter(self.base_model, adapter_name, tensors, inference_only, None if keep else dtype)
+        checkpoint.fill_adapter(self.base_model, adapter_name, tensors, None if keep else dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several at once, the active ones; see `BaseTuner.set_adapter`."""
@@ -304,28 +309,9 @@ class PeftModel(nn.Module):
                 f"`save_embedding_layers` is {save_embedding_layers!r}, which is not supported; name the "
                 "embeddings in `modules_to_save` to train and save them."
             )
-        if Path(save_directory).is_file():
-            raise ValueError(f"`save_directory` is {str(save_directory)!r}, which is a file; give a folder.")
-        # All adapters are read before the first is written.
-        states = {name: checkpoint.adapter_state_dict(self.base_model, name, state_dict) for name in names}
-        if not is_main_process:
-            return
-        for name, tensors in states.items():
-            config, model = self.peft_config[name], self.get_base_model()
-            config.base_model_name_or_path = (
-                config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-            )
-            changed: dict[str, Any] = {"inference_mode": True}
-            if config.task_type is None:
-                kind = type(model)
-                changed["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-            checkpoint.write_adapter(
-                checkpoint.adapter_folder(save_directory, name),
-                tensors,
-                config.to_json(**changed),
-                checkpoint.model_card(config),
-                safe_serialization,
-            )
+        checkpoint.save_adapters(
+            self.base_model, save_directory, names, state_dict, safe_serialization, is_main_process
+        )
 
     @classmethod
     def from_pretrained(
@@ -339,37 +325,51 @@ class PeftModel(nn.Module):
         *,
         low_cpu_mem_usage: bool = False,
         subfolder: str | None = None,
+        **download: Any,
     ) -> PeftModel:
         """Put a saved adapter on a plain model.
 
         Args:
             model: the base model, adapted in place.
-            model_id: a folder with a saved adapter.
+            model_id: a folder with a saved adapter, or its id on the Hub.
             config: use this configuration instead of the folder's.
-            adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, subfolder: see `load_adapter`.
+            adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, subfolder, download: see
+                `load_adapter`.
         Returns:
             The model, of the class that the configuration's `task_type` names; in eval() unless `is_trainable`.
         Raises:
             AdapterFileError: a file that is missing, broken, or does not fit; the model is as it was.
             ValueError: `is_trainable`, and the file serves inference only; or the model has adapters already.
+            TypeError: an unknown option of a download.
         """
-        folder = Path(model_id, subfolder or "")
-        config = PeftConfig.from_pretrained(model_id, subfolder) if config is None else config
+        folder = hub.local_folder(model_id, checkpoint.WEIGHT_NAMES, subfolder, **download)
+        config = PeftConfig.from_pretrained(folder) if config is None else config
         method, kind = tuner_class(config), task_class_for(config, cls)
         expected = method.file_shapes(method.plan(config, model, kind.task_heads))
         tensors, inference_only = checkpoint.check_adapter(method, config, expected, folder)
-        _check_trainable(is_trainable and inference_only, folder)
+        checkpoint.check_trainable(is_trainable, inference_only, folder)
         config.inference_mode = not is_trainable
         adapted = kind(model, config, adapter_name, low_cpu_mem_usage=True)
-        adapted._fill(adapter_name, tensors, inference_only, autocast_adapter_dtype, low_cpu_mem_usage)
+        adapted._fill(adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage)
         return adapted if is_trainable else adapted.eval()
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Raise NotImplementedError: not supported yet, and the plain model's would push the plain model."""
-        raise NotImplementedError(
-            "push_to_hub() of an adapter is not supported yet; save_pretrained() to a folder and "
-            "upload that with huggingface_hub.upload_folder()."
-        )
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload what `save_pretrained` writes to a repository on the Hub.
+
+        Args:
+            repo_id: such as "someone/their-adapter"; made if need be.
+            options: commit_message, private, token, revision, create_pr; see `hub.push`.
+        Returns:
+            huggingface_hub's CommitInfo.
+        """
+        return hub.push(self.save_pretrained, repo_id, **options)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Write a model card into a folder, or add what an adapter's card needs to the one that is there.
+
+        transformers.Trainer asks for this after it has written a card of its own.
+        """
+        card.update_model_card(Path(output_dir), self.active_peft_config)
 
     def __getattr__(self, name: str) -> Any:
         """Look further in the adapted model, which looks further in the plain one."""
@@ -388,12 +388,3 @@ def _refuse_mixed_batch(kwargs: dict[str, Any]) -> None:
             "set_adapter() and run the rows of each adapter on their own."
         )
     kwargs.pop("adapter_names", None)
-
-
-def _check_trainable(refused: bool, folder: Path) -> None:
-    if refused:
-        raise AdapterFileError(
-            f"`is_trainable` is True, but the adapter in {str(folder)!r} was saved as top-k weights, "
-            "which hold too little for training; load one saved in full "
-            "(save_only_topk_weights=False)."
-        )

@@ -20,7 +20,7 @@ def reports(tmp_path_factory):
     command = [sys.executable, "-m", "bench.kernels_report", "--json", "--shapes", "llama2_7b_q", "--targets"]
     processes = {
         target: subprocess.Popen(
-            [*command, target, *(["--sass"] if target == "sm_90" else [])],
+            [*command, target, *(["--sass"] if target in ("sm_80", "sm_90") else [])],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -48,10 +48,29 @@ def test_every_kernel_compiles_without_spills_within_shared_memory(reports, targ
     assert [row for row in rows if row["shared"] > row["shared_limit"]] == []
 
 
+PRODUCTS = {"_shrink_fwd_kernel", "_expand_fwd_kernel", "_expand_bwd_kernel", "_shrink_bwd_kernel"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_offsets_into_activations_are_64_bits_wide(reports, target):
+    """An activation may have more than 2^31 elements; triton computes offsets in 32 bits unless told otherwise."""
+    rows = [row for row in reports[target] if row["kernel"] in PRODUCTS and row["dtype"] != "fp32"]
+    assert {row["kernel"] for row in rows if row["offsets_64"]} == PRODUCTS
+    assert [row for row in rows if row["offsets_32"]] == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_activations_are_loaded_16_bytes_at_a_time(reports, target):
+    rows = [row for row in reports[target] if row["kernel"] in PRODUCTS and "wide_loads" in row]
+    rows = [row for row in rows if row["shape"].startswith("llama") and row["dtype"] == "bf16"]
+    assert {row["kernel"] for row in rows} == PRODUCTS
+    # Of these only activations have 16 bits: no load of two bytes, and loads of sixteen.
+    assert [row for row in rows if row["narrow_loads"] or not row["wide_loads"]] == []
+
+
 def test_bf16_products_run_on_hoppers_matrix_unit(reports):
-    products = {"_shrink_fwd_kernel", "_expand_fwd_kernel", "_expand_bwd_kernel", "_shrink_bwd_kernel"}
     rows = [
-        row for row in reports["sm_90"] if row["kernel"] in products and row["dtype"] == "bf16" and row["M"] == 4096
+        row for row in reports["sm_90"] if row["kernel"] in PRODUCTS and row["dtype"] == "bf16" and row["M"] == 4096
     ]
-    assert {row["kernel"] for row in rows} == products
+    assert {row["kernel"] for row in rows} == PRODUCTS
     assert [row for row in rows if not row["hgmma"] and row.get("r", 4) <= 16] == []

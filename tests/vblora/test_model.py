@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models import enlarge, outputs, tiny_gpt2, tiny_llama
@@ -121,6 +122,35 @@ def test_conv1d_decides_fan_in_fan_out_without_a_warning(recwarn):
     enlarge(get_peft_model(tiny_gpt2(), config))
     assert config.fan_in_fan_out is True
     assert not recwarn.list
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that wait for the device to hand a value to Python, or look for infinities."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.isinf)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_a_training_step(model) -> int:
+    parts = [module for module in model.train().modules() if hasattr(module, "vblora_logits_A")]
+    with Reads() as reads:
+        for layer in parts:
+            layer(torch.randn(2, layer.in_features)).sum().backward()
+    return reads.count
+
+
+def test_a_training_step_asks_the_device_for_no_value():
+    assert reads_of_a_training_step(get_peft_model(tiny_llama(), VBLoRAConfig(**FIELDS))) == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_pefts_does_ask():
+    """So that the test above is known to count."""
+    peft = pytest.importorskip("peft")
+    assert reads_of_a_training_step(peft.get_peft_model(tiny_llama(), peft.VBLoRAConfig(**FIELDS))) > 0
 
 
 def test_a_trained_model_learns_with_every_parameter_of_the_adapter():

@@ -193,6 +193,16 @@ class PeftConfig:
     def check(self) -> None:
         """Check every field; called when the configuration is made, and again before it is put on a model."""
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: no method of this package learns prompts. transformers and trl ask."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """False, likewise."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Return every field as a dictionary (a copy)."""
         return asdict(self)
@@ -220,8 +230,8 @@ class PeftConfig:
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         if kwargs:
             raise TypeError(
-                f"`save_pretrained` does not know {sorted(kwargs)}; pushing to the Hub is not supported "
-                "yet: save to a folder and upload that."
+                f"`save_pretrained` of a configuration does not know {sorted(kwargs)}; to upload an adapter, use "
+                "push_to_hub() of its model."
             )
         folder = Path(save_directory)
         if folder.is_file():
@@ -278,20 +288,27 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(
-        cls: type[_Config], pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None
+        cls: type[_Config],
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        **options: Any,
     ) -> _Config:
         """Read the configuration of a saved adapter.
 
         Args:
-            pretrained_model_name_or_path: a folder with adapter_config.json.
+            pretrained_model_name_or_path: a folder with adapter_config.json, or an id on the Hub.
             subfolder: a folder inside it.
+            options: of a download: `revision`, `token`, `cache_dir`, ...; see `hub.local_folder`.
         Raises:
-            AdapterFileError: there is no such file, or it is broken.
+            AdapterFileError: there is no such file, or it is broken, or it cannot be downloaded.
+            TypeError: an unknown option.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        from vblora_triton import hub
+
+        folder = hub.local_folder(pretrained_model_name_or_path, (), subfolder, **options)
         if not (folder / CONFIG_NAME).is_file():
             raise AdapterFileError(
-                f"There is no {CONFIG_NAME} in {str(folder)!r}; give the folder of a saved adapter "
-                "(ids on the Hub are not supported yet: download the adapter first)."
+                f"There is no {CONFIG_NAME} in {str(folder)!r}; give the folder of a saved adapter, or an id on the "
+                "Hub such as 'someone/their-adapter'."
             )
         return cls.from_json_file(folder / CONFIG_NAME)

@@ -28,9 +28,7 @@ def adapter_keys(tuner: Any, adapter_name: str) -> dict[str, str]:
                 parts = wrapper.modules_to_save[adapter_name].state_dict()
                 keys |= {f"{whole}.{key}": f"{whole}.modules_to_save.{adapter_name}.{key}" for key in parts}
         else:
-            for attribute in wrapper.adapter_layer_names:
-                if attribute not in shared and adapter_name in getattr(wrapper, attribute):
-                    keys[f"{whole}.{attribute}"] = f"{whole}.{attribute}.{adapter_name}"
+            keys |= {f"{whole}.{key}": f"{whole}.{live}" for key, live in wrapper.file_names(adapter_name).items()}
     keys |= {f"base_model.{attribute}": f"base_model.{attribute}.{adapter_name}" for attribute in shared}
     for name in tuner.trained_biases[adapter_name]:
         keys[f"base_model.model.{name}"] = f"base_model.model.{live_bias_name(tuner.model, name)}"

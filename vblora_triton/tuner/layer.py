@@ -110,6 +110,16 @@ class BaseTunerLayer:
         own = [name for name in self.adapter_layer_names if name not in self.shared_layer_names]
         return list(dict.fromkeys(adapter for name in own for adapter in getattr(self, name)))
 
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        """Return name in the file -> name here, of each tensor of an adapter that is this layer's own."""
+        own = [name for name in self.adapter_layer_names if name not in self.shared_layer_names]
+        return {name: f"{name}.{adapter_name}" for name in own if adapter_name in getattr(self, name)}
+
+    def tensors_of(self, adapter_name: str) -> list[Tensor]:
+        """Return everything that an adapter consists of here, what it shares with other layers included."""
+        mappings = (getattr(self, name) for name in self.adapter_layer_names)
+        return [mapping[adapter_name] for mapping in mappings if adapter_name in mapping]
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, trained unless `inference_mode`, and freeze the others."""
         names = as_names(adapter_names)
@@ -124,6 +134,12 @@ class BaseTunerLayer:
                 parameters = getattr(self, attribute)
                 if adapter in parameters:
                     parameters[adapter].requires_grad_(requires_grad and self.is_trainable(adapter))
+
+    def cast_adapter(self, adapter_name: str) -> None:
+        """Give the adapter's parameters the dtype of the base weight, where that is floating."""
+        if self.weight.is_floating_point():
+            for tensor in self.tensors_of(adapter_name):
+                tensor.data = tensor.data.to(self.weight.dtype)
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Say whether the adapter holds what training needs."""
@@ -257,6 +273,20 @@ class ModulesToSaveWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module in force."""
         return self.active_copy(*args, **kwargs)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original is in force, whatever is active."""
+        return self._disable_adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters as a list; at most one of them has a copy."""
+        return as_names(self._active_adapter)
+
+    def tensors_of(self, adapter_name: str) -> list[Tensor]:
+        """Return the parameters of an adapter's copy."""
+        return list(self.modules_to_save[adapter_name].parameters())
 
     def enable_adapters(self, enabled: bool) -> None:
         """Put the active copy, or the original, in force."""

@@ -44,6 +44,15 @@ def unmerge_layers(layers: dict[str, MergingLayer]) -> None:
             layer.unmerge()
 
 
+def strip_model(model: nn.Module) -> None:
+    """Take every adapter off a model, whoever put it on, and restore the weights that adapters were merged into."""
+    found = dict(model.named_modules())
+    layers = {name: module for name, module in found.items() if isinstance(module, MergingLayer)}
+    unmerge_layers(layers)
+    heads = {name: module for name, module in found.items() if isinstance(module, ModulesToSaveWrapper)}
+    unload_model(model, layers | heads, [])
+
+
 def unload_model(model: nn.Module, wrappers: dict[str, Any], kept: list[str]) -> None:
     """Put the bare layers back in place of the wrappers.
 

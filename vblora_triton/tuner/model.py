@@ -82,15 +82,27 @@ class BaseTuner(nn.Module):
     @classmethod
     def unpack(
         cls, config: Any, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], problems: dict[str, str]
-    ) -> tuple[dict[str, Tensor], bool]:
-        """Turn what a file holds into parameters by file key, and say whether they serve inference only.
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], bool]:
+        """Turn what a file holds into what the model will hold, by key; say which shapes, and if for inference only.
 
-        What is wrong inside goes to `problems`, by file key; keys and shapes are checked afterwards.
+        `expected` has the shapes of the full form; what is wrong inside goes to `problems`, by file key.
         """
-        return tensors, False
+        return tensors, expected, False
 
-    def mark_inference_only(self, adapter_name: str, inference_only: bool) -> None:
-        """Note whether an adapter was loaded from a file that serves inference only."""
+    @classmethod
+    def tensor_problem(cls, key: str, tensor: Tensor) -> str | None:
+        """Say what makes a tensor of the right shape unfit for an adapter, or None."""
+        if not tensor.is_floating_point():
+            # A module that is saved whole may count something in integers.
+            return f"dtype {tensor.dtype}, a floating one is needed" if cls.prefix in key else None
+        return None if torch.isfinite(tensor).all() else "values that are not finite"
+
+    def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Give the adapter the parameters, or other tensors, that these are to fill."""
+
+    def full_shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Return file key -> shape of an adapter that is on the model, in its full form."""
+        return {key: tuple(tensor.shape) for key, tensor in self.adapter_tensors(adapter_name).items()}
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """Make what the layers of the adapter will share."""
@@ -163,7 +175,8 @@ class BaseTuner(nn.Module):
         self.peft_config[adapter_name] = peft_config
         self.trained_biases[adapter_name] = tuple(plan.biases)
         if not autocast_adapter_dtype:
-            self._cast_adapter(adapter_name)
+            for _, layer in self.layers():
+                layer.cast_adapter(adapter_name)
         active = adapter_name in self.active_adapters
         self._train(adapter_name, active and not peft_config.inference_mode)
 
@@ -277,8 +290,8 @@ class BaseTuner(nn.Module):
         """Raise ValueError if the adapter was loaded from a file that serves inference only."""
         if not all(layer.is_trainable(adapter_name) for _, layer in self.layers()):
             raise ValueError(
-                f"Adapter {adapter_name!r} was loaded from a top-k file, which holds too little for "
-                "training; train the one that was saved in full (save_only_topk_weights=False)."
+                f"Adapter {adapter_name!r} was loaded from a top-k file, which holds too little for training; train "
+                "the one that was saved in full (save_only_topk_weights=False)."
             )
 
     def disable_adapter_layers(self) -> None:
@@ -365,15 +378,6 @@ class BaseTuner(nn.Module):
 
     def _bias(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(live_bias_name(self.model, name))
-
-    def _cast_adapter(self, adapter_name: str) -> None:
-        """Give the adapter's parameters the dtype of the base weights, where those are floating."""
-        for _, layer in self.layers():
-            if layer.weight.is_floating_point():
-                for attribute in layer.adapter_layer_names:
-                    if adapter_name in getattr(layer, attribute):
-                        parameter = getattr(layer, attribute)[adapter_name]
-                        parameter.data = parameter.data.to(layer.weight.dtype)
 
     def _check_known(self, *adapter_names: str) -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]

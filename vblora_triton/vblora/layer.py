@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vblora_triton import ops
 from vblora_triton.tuner.config import check_float, check_int
 from vblora_triton.tuner.layer import MergingLayer, linear_features
+from vblora_triton.vblora.topk import TopkLogits
 
 
 def logits_shapes(
@@ -26,6 +27,8 @@ class VBLoRALayer(MergingLayer):
     vblora_logits_B: nn.ParameterDict, adapter -> (out/b, r, num_vectors).
     vblora_vector_bank: nn.ParameterDict, adapter -> (num_vectors, b). The model's; the layer reaches it and does not
         own it, so that it is one parameter of the model, saved, moved and sharded once.
+    vblora_topk: nn.ModuleDict, adapter -> TopkLogits, of the adapters that were loaded from top-k files; these have
+        nothing in the first two.
     r, topk: dict, adapter -> int.
     vblora_dropout: nn.ModuleDict, adapter -> nn.Dropout or nn.Identity.
     backend: "auto", "triton" or "reference"; see `ops.use_backend`.
@@ -33,7 +36,7 @@ class VBLoRALayer(MergingLayer):
 
     adapter_layer_names = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     shared_layer_names = ("vblora_vector_bank",)
-    other_param_names = ("r", "topk", "vblora_dropout")
+    other_param_names = ("r", "topk", "vblora_dropout", "vblora_topk")
 
     training: bool
 
@@ -44,10 +47,10 @@ class VBLoRALayer(MergingLayer):
         self.vblora_dropout = nn.ModuleDict()
         self.vblora_logits_A = nn.ParameterDict()
         self.vblora_logits_B = nn.ParameterDict()
+        self.vblora_topk = nn.ModuleDict()
         # In a tuple, where nn.Module does not see a module to register. Copying and pickling keep it the model's own,
         # and .to() changes the parameters inside it.
         self._shared: tuple[nn.ParameterDict, ...] = ()
-        self.inference_only_adapters: set[str] = set()
         self.merged_adapters = []
         self.backend = "auto"
         self._disable_adapters = False
@@ -110,17 +113,52 @@ class VBLoRALayer(MergingLayer):
             nn.init.normal_(tensor, 0, init_logits_std)
             own[adapter_name] = nn.Parameter(tensor if tensor.is_meta else tensor.to(device))
         self._shared = (vblora_vector_bank,)
-        self.inference_only_adapters.discard(adapter_name)
+        if adapter_name in self.vblora_topk:
+            del self.vblora_topk[adapter_name]
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not inference_mode)
+
+    def available_adapters(self) -> list[str]:
+        """Name the adapters that this layer has, in the order in which they came."""
+        return list(self.r)
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Say whether the adapter has its logits, and not only the top-k ones of a small file."""
-        return adapter_name not in self.inference_only_adapters
+        return adapter_name not in self.vblora_topk
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; its bank is the model's to delete."""
-        super().delete_adapter(adapter_name)
-        self.inference_only_adapters.discard(adapter_name)
+    def use_topk(self, adapter_name: str, selections: TopkLogits) -> None:
+        """Hold these selections of an adapter in place of its logits; it is frozen from now on."""
+        for logits in (self.vblora_logits_A, self.vblora_logits_B):
+            if adapter_name in logits:
+                del logits[adapter_name]
+        self.vblora_topk[adapter_name] = selections
+        self.set_requires_grad(adapter_name, False)
+
+    def use_logits(self, adapter_name: str) -> None:
+        """Make room for the logits of an adapter, frozen and on the meta device, in place of its selections."""
+        shapes = self.full_shapes(adapter_name)
+        del self.vblora_topk[adapter_name]
+        for logits, shape in zip((self.vblora_logits_A, self.vblora_logits_B), shapes, strict=True):
+            logits[adapter_name] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+    def full_shapes(self, adapter_name: str) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Return the shapes of an adapter's logits, whether it has them or not."""
+        bank = self.vblora_vector_bank[adapter_name]
+        return logits_shapes(self.in_features, self.out_features, self.r[adapter_name], *bank.shape)
+
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        """Return name in the file -> name here, of each tensor of an adapter that is this layer's own."""
+        if self.is_trainable(adapter_name):
+            return super().file_names(adapter_name)
+        return {
+            f"vblora_logits_{matrix}_topk_{kind}": f"vblora_topk.{adapter_name}.{kind}_{matrix}"
+            for matrix in "AB"
+            for kind in ("indices", "weights")
+        }
+
+    def tensors_of(self, adapter_name: str) -> list[Tensor]:
+        """Return everything that an adapter consists of here, the bank included."""
+        selections = self.vblora_topk[adapter_name].buffers() if adapter_name in self.vblora_topk else ()
+        return [*super().tensors_of(adapter_name), *selections]
 
 
 class SelectionCache:
@@ -210,7 +248,7 @@ class Linear(nn.Linear, VBLoRALayer):
             return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         for adapter in self.active_adapters:
-            if adapter in self.vblora_logits_A and adapter not in self.merged_adapters:
+            if adapter in self.r and adapter not in self.merged_adapters:
                 result = self._add_update(adapter, x, result)
         return result
 
@@ -218,10 +256,13 @@ class Linear(nn.Linear, VBLoRALayer):
         bank = self.vblora_vector_bank[adapter]
         # Of a model that is spread over devices, the one bank is elsewhere for some layers.
         bank = bank if bank.device == x.device else bank.to(x.device)
-        logits = (self.vblora_logits_A[adapter], self.vblora_logits_B[adapter])
         dropout = self.vblora_dropout[adapter]
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         options: dict[str, Any] = {"dropout_p": p, "training": dropout.training, "backend": self.backend}
+        if adapter in self.vblora_topk:
+            own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
+            return ops.vblora_linear_selected(x, result, *own.selection(), bank, **options)
+        logits = (self.vblora_logits_A[adapter], self.vblora_logits_B[adapter])
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             selection = self._selections.get(adapter, *logits, self.topk[adapter], self.backend)
             return ops.vblora_linear_selected(x, result, *selection, bank, **options)
@@ -258,18 +299,22 @@ class Linear(nn.Linear, VBLoRALayer):
 
     def _get_lora_matrices(self, adapter: str, cast_to_fp32: bool = False) -> tuple[Tensor, Tensor]:
         """Return A (r, in_features) and B (out_features, r), in the dtype of the bank, or in float32."""
-        logits_A, logits_B = self.vblora_logits_A[adapter], self.vblora_logits_B[adapter]
-        bank = self.vblora_vector_bank[adapter].to(logits_A.device)
-        if cast_to_fp32:
-            logits_A, logits_B, bank = logits_A.float(), logits_B.float(), bank.float()
-        A = self._get_low_rank_matrix(logits_A, bank, self.topk[adapter])
-        B = self._get_low_rank_matrix(logits_B, bank, self.topk[adapter])
+        bank = self.vblora_vector_bank[adapter].to(self.weight.device)
+        bank = bank.float() if cast_to_fp32 else bank
+        if adapter in self.vblora_topk:
+            own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
+            A, B = own.compose(bank)
+        else:
+            logits = (self.vblora_logits_A[adapter], self.vblora_logits_B[adapter])
+            A, B = (
+                self._get_low_rank_matrix(t.float() if cast_to_fp32 else t, bank, self.topk[adapter]) for t in logits
+            )
         return A.reshape(A.shape[0], -1), B.transpose(1, 2).reshape(-1, B.shape[1])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return B A, float32, (out_features, in_features), or its transpose where the weight is stored so."""
         # Under autocast the product would be rounded to 16 bits.
-        with torch.autocast(self.vblora_logits_A[adapter].device.type, enabled=False):
+        with torch.autocast(self.weight.device.type, enabled=False):
             A, B = self._get_lora_matrices(adapter, cast_to_fp32=True)
             delta = B @ A
         return delta.T if self.fan_in_fan_out else delta

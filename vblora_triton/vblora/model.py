@@ -15,7 +15,7 @@ from vblora_triton.tuner.plan import InjectionPlan, UnsupportedTargetError
 from vblora_triton.tuner.targets import LORA_TARGETS
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vblora.layer import Linear, VBLoRALayer, logits_shapes
-from vblora_triton.vblora.topk import decode_topk, encode_topk, index_dtype, topk_problem
+from vblora_triton.vblora.topk import TopkLogits, decode_topk, encode_topk, index_dtype, topk_problem
 
 BANK_KEY = "base_model.vblora_vector_bank"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
@@ -141,26 +141,26 @@ class VBLoRAModel(BaseTuner):
 
     @classmethod
     def pack(cls, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn an adapter's parameters into what its file holds: float32, and top-k only where the config says so.
+        """Turn an adapter's tensors into what its file holds: float32, and top-k only where the config says so.
 
         Raises:
-            ValueError: logits of a top-k file are to be saved in full.
+            ValueError: an adapter that was loaded from a top-k file is to be saved in full.
         """
         packed = {}
         for key, tensor in tensors.items():
-            if key == BANK_KEY:
-                packed[key] = tensor.float()
-            elif not _is_logits(key):
-                packed[key] = tensor
-            elif config.save_only_topk_weights:
-                packed[key + INDICES], packed[key + WEIGHTS] = encode_topk(tensor, config.topk)
-            elif torch.isneginf(tensor).any():
+            if _is_topk(key) and not config.save_only_topk_weights:
                 raise ValueError(
-                    f"{key} was loaded from a top-k file, which cannot be saved in full; set "
-                    "`save_only_topk_weights` to True in its configuration."
+                    f"{key.removesuffix(INDICES).removesuffix(WEIGHTS)} was loaded from a top-k file, which cannot be "
+                    "saved in full; set `save_only_topk_weights` to True in its configuration."
                 )
+            if key.endswith(INDICES):
+                packed[key] = tensor.to(index_dtype(config.num_vectors))
+            elif key.endswith(WEIGHTS):
+                packed[key] = tensor[..., :-1]
+            elif _is_logits(key) and config.save_only_topk_weights:
+                packed[key + INDICES], packed[key + WEIGHTS] = encode_topk(tensor, config.topk)
             else:
-                packed[key] = tensor.float()
+                packed[key] = tensor.float() if key == BANK_KEY or _is_logits(key) else tensor
         return packed
 
     @classmethod
@@ -170,38 +170,63 @@ class VBLoRAModel(BaseTuner):
         tensors: dict[str, Tensor],
         expected: dict[str, tuple[int, ...]],
         problems: dict[str, str],
-    ) -> tuple[dict[str, Tensor], bool]:
-        """Turn what a file holds, in either form, into parameters; a top-k form serves inference only."""
-        unpacked = {key: tensor for key, tensor in tensors.items() if not key.endswith((INDICES, WEIGHTS))}
-        packed = sorted({key.removesuffix(INDICES).removesuffix(WEIGHTS) for key in tensors if key not in unpacked})
-        # A wrong size in the configuration must not make us allocate that much.
-        sized = BANK_KEY in tensors and tuple(tensors[BANK_KEY].shape) == expected[BANK_KEY]
-        for key in packed:
-            present = [key + suffix for suffix in (INDICES, WEIGHTS) if key + suffix in tensors]
-            if key not in expected or key in unpacked:
-                # Unknown; or both forms of the same logits.
-                unpacked |= {name: tensors[name] for name in present}
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], bool]:
+        """Turn what a file holds into what the model will hold; logits that are not all there become selections."""
+        # Logits with entries of -inf: a top-k file that another writer read and saved again in full.
+        cut = any(_is_logits(key) and t.is_floating_point() and torch.isneginf(t).any() for key, t in tensors.items())
+        if not cut and not any(map(_is_topk, tensors)):
+            return tensors, expected, False
+        unpacked, wanted = dict(tensors), dict(expected)
+        for key in filter(_is_logits, expected):
+            pair = [key + suffix for suffix in (INDICES, WEIGHTS) if key + suffix in tensors]
+            if bool(pair) == (key in tensors):
+                continue  # neither form, or both: one of the keys is missing, or unknown
+            problem = _form_problem(tensors, key, pair, expected[key], config.topk)
+            taken = [unpacked.pop(name) for name in pair or [key]]
+            del wanted[key]
+            if problem or (not pair and cls.tensor_problem(key, taken[0])):
+                problems[key] = problem or str(cls.tensor_problem(key, taken[0]))
                 continue
-            problem = (
-                f"its {present[0].rpartition('_')[2]} only"
-                if len(present) == 1
-                else _pair_problem(tensors[key + INDICES], tensors[key + WEIGHTS], expected[key], config.topk)
-            )
-            if problem or not sized:
-                problems[key] = problem or ""
-            else:
-                unpacked[key] = decode_topk(tensors[key + INDICES], tensors[key + WEIGHTS], config.num_vectors)
-        logits = [t for key, t in unpacked.items() if _is_logits(key) and t.is_floating_point()]
-        return unpacked, any(bool(torch.isneginf(tensor).any()) for tensor in logits)
+            selection = decode_topk(*(taken if pair else encode_topk(taken[0], config.topk)))
+            for suffix, tensor in zip((INDICES, WEIGHTS), selection, strict=True):
+                unpacked[key + suffix], wanted[key + suffix] = tensor, tuple(tensor.shape)
+        return unpacked, wanted, True
 
-    def mark_inference_only(self, adapter_name: str, inference_only: bool) -> None:
-        """Note whether an adapter's logits are all there; one whose are not stays frozen."""
-        for _, layer in self.layers():
-            if inference_only and adapter_name in layer.vblora_logits_A:
-                layer.inference_only_adapters.add(adapter_name)
-                layer.set_requires_grad(adapter_name, False)
-            else:
-                layer.inference_only_adapters.discard(adapter_name)
+    @classmethod
+    def tensor_problem(cls, key: str, tensor: Tensor) -> str | None:
+        """Say what makes a tensor unfit for an adapter, or None."""
+        if key.endswith(INDICES):
+            return None  # checked with the weights, while unpacking
+        if not _is_logits(key) or not tensor.is_floating_point():
+            return super().tensor_problem(key, tensor)
+        # -inf is an entry that is not selected, so long as others of its row are.
+        bad = torch.isnan(tensor).any() or torch.isposinf(tensor).any() or torch.isneginf(tensor).all(-1).any()
+        return "logits that are NaN or infinite" if bad else None
+
+    def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Let the layers hold selections where these are selections, and logits where they are logits."""
+        for name, layer in self.layers():
+            keys = [
+                f"base_model.model.{name}.vblora_logits_{matrix}{suffix}"
+                for matrix in "AB"
+                for suffix in (INDICES, WEIGHTS)
+            ]
+            if adapter_name not in layer.r:
+                continue
+            if keys[0] in tensors:
+                device = torch.device("cpu") if layer.weight.is_meta else layer.weight.device
+                layer.use_topk(adapter_name, TopkLogits(*(tensors[key].to(device) for key in keys)))
+            elif not layer.is_trainable(adapter_name):
+                layer.use_logits(adapter_name)
+
+    def full_shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Return file key -> shape of an adapter that is on the model, in its full form."""
+        shapes = {key: shape for key, shape in super().full_shapes(adapter_name).items() if not _is_topk(key)}
+        for name, layer in self.layers():
+            if adapter_name in layer.r:
+                for matrix, shape in zip("AB", layer.full_shapes(adapter_name), strict=True):
+                    shapes[f"base_model.model.{name}.vblora_logits_{matrix}"] = shape
+        return shapes
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """Count what `save_pretrained` writes for an adapter, in float32-equivalents: bytes / 4.
@@ -216,15 +241,17 @@ class VBLoRAModel(BaseTuner):
         own = other = 0
         tensors = self.adapter_tensors(adapter)
         for key, tensor in tensors.items():
-            if key == BANK_KEY:
-                own += tensor.numel() * 4
-            elif not _is_logits(key):
-                other += tensor.numel() * tensor.element_size()
-            elif config.save_only_topk_weights:
-                rows = tensor.numel() // config.num_vectors
+            rows = tensor.numel() // tensor.shape[-1] if tensor.dim() else 0
+            if key.endswith(INDICES):
+                own += tensor.numel() * index_dtype(config.num_vectors).itemsize
+            elif key.endswith(WEIGHTS):
+                own += rows * (config.topk - 1) * 4
+            elif _is_logits(key) and config.save_only_topk_weights:
                 own += rows * (config.topk * index_dtype(config.num_vectors).itemsize + (config.topk - 1) * 4)
-            else:
+            elif key == BANK_KEY or _is_logits(key):
                 own += tensor.numel() * 4
+            else:
+                other += tensor.numel() * tensor.element_size()
         return own // 4, other // 4
 
     def print_savable_parameters(self, adapter: str | None = None) -> None:
@@ -242,7 +269,20 @@ def _is_logits(key: str) -> bool:
     return key.endswith((".vblora_logits_A", ".vblora_logits_B"))
 
 
-def _pair_problem(indices: Tensor, weights: Tensor, shape: tuple[int, ...], topk: int) -> str | None:
+def _is_topk(key: str) -> bool:
+    return key.endswith((INDICES, WEIGHTS)) and _is_logits(key.removesuffix(INDICES).removesuffix(WEIGHTS))
+
+
+def _form_problem(
+    tensors: dict[str, Tensor], key: str, pair: list[str], shape: tuple[int, ...], topk: int
+) -> str | None:
+    """Say what keeps logits, or the pair of tensors that stands for them, from becoming a selection."""
+    if len(pair) == 1:
+        return f"its {pair[0].rpartition('_')[2]} only"
+    if not pair:
+        found = tuple(tensors[key].shape)
+        return None if found == shape else f"shape {found}, {shape} is needed"
+    indices, weights = tensors[pair[0]], tensors[pair[1]]
     rows = shape[:-1]
     if tuple(indices.shape) != (*rows, topk) or tuple(weights.shape) != (*rows, topk - 1):
         return (

@@ -1,9 +1,12 @@
-"""The small form of logits: which entries are the top k, and their weights."""
+"""The small form of logits, in files and in memory: which entries are the top k, and their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vblora_triton import reference
 
@@ -31,23 +34,64 @@ def encode_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return indices.to(index_dtype(logits.shape[-1])), weights[..., :-1].contiguous()
 
 
-def decode_topk(indices: Tensor, weights: Tensor, num_vectors: int) -> Tensor:
-    """Make logits that select these indices with these weights.
+def decode_topk(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Complete what a file holds of a selection.
 
-    logits[index_j] = log(weight_j), -inf elsewhere; weight_k = max(0, 1 - sum of the others)
+    weight_k = max(0, 1 - sum of the others)
 
     Args:
-        indices: (*rows, topk), an integer dtype, from 0 to num_vectors - 1, no two of a row equal.
-        weights: (*rows, topk - 1), floating; computed in float32.
+        indices: (*rows, topk), an integer dtype.
+        weights: (*rows, topk - 1), floating.
     Returns:
-        (*rows, num_vectors), float32.
+        indices (*rows, topk), int32, and weights (*rows, topk), float32, which add up to 1.
     """
     weights = weights.float()
-    # Rounding can bring the sum above 1, and the log of a negative number would be NaN.
-    last = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
-    log_weights = torch.cat([weights, last], dim=-1).log()
-    empty = torch.full((*indices.shape[:-1], num_vectors), -torch.inf, device=indices.device)
-    return empty.scatter(-1, indices.long(), log_weights)
+    total = weights.sum(-1, keepdim=True)
+    # Rounding, above all to 16 bits, can bring the sum above 1.
+    complete = torch.cat([weights / total.clamp(min=1), (1 - total).clamp(min=0)], dim=-1)
+    return indices.int(), complete
+
+
+class TopkLogits(nn.Module):
+    """What a layer holds of an adapter that was loaded from a top-k file: two selections, and no logits.
+
+    indices_A, weights_A: buffers (r, in/b, topk), int32 and float32.
+    indices_B, weights_B: buffers (out/b, r, topk).
+
+    The weights stay float32 when the model is cast: the bank, which carries the values, follows the model.
+    """
+
+    indices_A: Tensor
+    weights_A: Tensor
+    indices_B: Tensor
+    weights_B: Tensor
+
+    def __init__(self, indices_A: Tensor, weights_A: Tensor, indices_B: Tensor, weights_B: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("indices_A", indices_A)
+        self.register_buffer("weights_A", weights_A)
+        self.register_buffer("indices_B", indices_B)
+        self.register_buffer("weights_B", weights_B)
+
+    def selection(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return indices_A, weights_A, indices_B, weights_B."""
+        return self.indices_A, self.weights_A, self.indices_B, self.weights_B
+
+    def compose(self, vector_bank: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the bank's vectors into the pieces of A, (r, in/b, b), and of B, (out/b, r, b)."""
+        return (
+            reference.compose_selected(self.indices_A, self.weights_A, vector_bank),
+            reference.compose_selected(self.indices_B, self.weights_B, vector_bank),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = {"weights_A": self.weights_A, "weights_B": self.weights_B}
+        super()._apply(fn, recurse)
+        for name, weights in exact.items():
+            now = getattr(self, name)
+            if now.dtype != torch.float32:
+                setattr(self, name, weights.to(now.device))
+        return self
 
 
 def topk_problem(indices: Tensor, weights: Tensor, num_vectors: int) -> str | None:
