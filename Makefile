@@ -4,12 +4,20 @@ VENV := .venv
 # Where a command should run on another interpreter than the one in .venv: make gpu PY=python3
 PY ?= $(VENV)/bin/python
 
-.PHONY: help demo test check fix clean
+# Where results of `make gpu` go.
+OUT ?= build/gpu
+ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_checkpoint.py tests/test_auto.py \
+	tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora \
+	tests/documented tests/integrations
+
+.PHONY: help demo test test-without-peft check fix kernels-report gpu clean
 
 help:
 	@echo "make demo    fine-tune a small model with VB-LoRA, save, reload and merge it; writes build/demo/"
 	@echo "make test    the whole test suite"
 	@echo "make check   ruff and mypy; edits nothing"
+	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
+	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"
 	@echo "make clean   remove .venv and build/"
 
@@ -21,8 +29,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(PY) -m vblora_triton finetune --output build/demo
 
-test: $(VENV)/.installed
+# The second run has peft, and everything; the first shows that nothing but the comparisons with peft needs it.
+test: test-without-peft
 	$(PY) -m pytest
+
+test-without-peft: $(VENV)/.installed
+	$(PY) -m pytest -p tests.without_peft $(ADAPTER_TESTS)
 
 check: $(VENV)/.installed
 	$(PY) -m ruff check .
@@ -32,6 +44,13 @@ check: $(VENV)/.installed
 fix: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+kernels-report: $(VENV)/.installed
+	$(PY) -m bench.kernels_report
+
+# On another interpreter than .venv's nothing is installed: make gpu PY=python3
+gpu:
+	PYTHONPATH=. $(PY) -m bench.gpu --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build

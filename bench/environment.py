@@ -1,0 +1,39 @@
+"""What a result was measured on."""
+
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """GPU, versions, commit and time, for a result file.
+
+    Args:
+        commit: where the checkout has no history to ask.
+    """
+    versions = {}
+    for name in ("torch", "triton", "transformers", "peft"):
+        try:
+            versions[name] = __import__(name).__version__
+        except ImportError:
+            versions[name] = None
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "capability": torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit or _commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).parents[1]
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True
+    )
+    return described.stdout.strip() or "unknown"

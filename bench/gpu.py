@@ -1,0 +1,100 @@
+"""Everything that only a GPU can show, in one run: `make gpu PY=python3 OUT=folder`.
+
+The suite natively, compute-sanitizer on small cases where it is installed, and a first table of times. It writes
+gpu.json to the folder. Without a GPU it says so and exits 3.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.environment import environment
+
+ROOT = Path(__file__).parents[1]
+TESTS = [
+    "test_ops.py",
+    "test_gpu.py",
+    "test_dropout.py",
+    "test_selection.py",
+    "test_ledger.py",
+    "test_compile.py",
+    "vblora",
+]
+
+
+def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
+    """Run the tests that run kernels, natively; count what pytest counted and name what failed."""
+    report = folder / "pytest.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += [f"tests/{name}" for name in TESTS]
+    try:
+        code: int | None = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    if not report.exists():
+        return {"exit_code": code}
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    failed = [
+        f"{c.get('classname')}::{c.get('name')}"
+        for c in suite
+        if c.find("failure") is not None or c.find("error") is not None
+    ]
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    return {"exit_code": code, **counts, "failed": failed}
+
+
+def run_sanitizer(tool: str, seconds: float) -> dict[str, Any]:
+    """Run `bench.small_cases` under compute-sanitizer's `tool`; say what it said last."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        return {"ran": False, "reason": "compute-sanitizer is not installed"}
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.small_cases"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"ran": False, "reason": f"took more than {seconds:.0f} s"}
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("=========")]
+    return {"ran": True, "exit_code": result.returncode, "summary": lines[-5:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for gpu.json")
+    parser.add_argument("--commit", help="the commit, where the checkout has no history")
+    parser.add_argument("--seconds", type=float, default=240, help="limit of each part")
+    parser.add_argument(
+        "--parts", nargs="+", default=["tests", "sanitizer", "times"], choices=["tests", "sanitizer", "times"]
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("There is no GPU here: nothing was run.", file=sys.stderr)
+        raise SystemExit(3)
+    options.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"environment": environment(options.commit)}
+    if "times" in options.parts:
+        from bench.first_times import table
+
+        result["times"] = table()
+    if "tests" in options.parts:
+        result["tests"] = run_tests(options.out, options.seconds)
+    if "sanitizer" in options.parts:
+        result["sanitizer"] = {tool: run_sanitizer(tool, options.seconds) for tool in ("memcheck", "racecheck")}
+    (options.out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "times"}, indent=2))
+    sanitizer = result.get("sanitizer", {})
+    failed = result.get("tests", {}).get("exit_code", 0) != 0 or any(
+        tool.get("exit_code") for tool in sanitizer.values()
+    )
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

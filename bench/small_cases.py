@@ -1,0 +1,35 @@
+"""Every kernel once on small odd sizes, for compute-sanitizer, which is slow: `python -m bench.small_cases`."""
+
+import torch
+
+from vblora_triton import ops
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for M, K, N, r, h, b, k in (
+            (1, 96, 144, 4, 60, 48, 2),
+            (75, 256, 384, 5, 300, 128, 3),
+            (130, 48, 40, 17, 9, 8, 5),
+        ):
+            x = torch.randn(M, K, device="cuda", dtype=dtype, requires_grad=True)
+            base = torch.randn(M, N, device="cuda", dtype=dtype, requires_grad=True)
+            logits_A = torch.randn(r, K // b, h, device="cuda", requires_grad=True)
+            logits_B = torch.randn(N // b, r, h, device="cuda", requires_grad=True)
+            bank = torch.randn(h, b, device="cuda", requires_grad=True)
+            for p in (0.0, 0.5):
+                y = ops.vblora_linear(
+                    x, base, logits_A, logits_B, bank, k, dropout_p=p, training=True, backend="triton"
+                )
+                y.backward(torch.randn_like(y))
+            ops.vblora_linear_(x, base * 1, logits_A, logits_B, bank, k, backend="triton").sum().backward()
+            selection = ops.select(logits_A, logits_B, k, backend="triton")
+            ops.vblora_linear_selected(x, base, *selection, bank, backend="triton").sum().backward()
+            ops.compose(logits_A, bank, k, backend="triton").sum().backward()
+    torch.cuda.synchronize()
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()

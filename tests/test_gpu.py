@@ -1,0 +1,91 @@
+"""On a GPU, natively and at full size: the same tolerance, determinism, and tensors past 2^31 elements."""
+
+import pytest
+import torch
+
+from tests.linear_case import LinearCase, in_float64
+from tests.tolerance import assert_as_exact_as_eager
+from vblora_triton import ops, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Q, GATE, DOWN = {"K": 4096, "N": 4096}, {"K": 4096, "N": 11008}, {"K": 11008, "N": 4096}
+GQA_K = {"K": 8192, "N": 1024}
+FULL = [
+    LinearCase(M=M, **shape, h=h, b=256, dtype=dtype)
+    for shape, M, h in ((Q, 4096, 256), (Q, 1, 256), (GATE, 300, 2048), (DOWN, 16, 2048), (GQA_K, 16384, 2048))
+    for dtype in DTYPES
+]
+FULL += [
+    LinearCase(M=4000, **Q, r=r, h=256, b=64, k=k, dtype=torch.bfloat16) for r, k in ((1, 1), (8, 3), (16, 4), (64, 32))
+]
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_linear_and_each_gradient_are_as_exact_as_eager_at_full_size(case):
+    tensors = case.tensors()
+    truth = case.run(reference.vblora_linear, in_float64(tensors))
+    eager = case.run(reference.vblora_linear, tensors)
+    for name, value in case.run(ops.vblora_linear, tensors, backend="triton").items():
+        assert_as_exact_as_eager(value, eager[name], truth[name], case.dtype, name)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_fp32_follows_the_matmul_precision(precision):
+    case = LinearCase(M=1000, **Q, h=256, b=256)
+    tensors = case.tensors()
+    truth = case.run(reference.vblora_linear, in_float64(tensors))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        eager = case.run(reference.vblora_linear, tensors)
+        triton = case.run(ops.vblora_linear, tensors, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name, value in triton.items():
+        assert_as_exact_as_eager(value, eager[name], truth[name], case.dtype, name)
+
+
+@pytest.mark.parametrize(
+    "case", [LinearCase(M=4096, **GATE, h=256, b=256, dtype=dtype) for dtype in DTYPES[:2]], ids=str
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_20_runs_are_bitwise_equal_at_full_size(case, dropout_p):
+    tensors = case.tensors()
+    options = {"dropout_p": dropout_p, "training": True, "backend": "triton"}
+
+    def run():
+        torch.manual_seed(0)
+        return case.run(ops.vblora_linear, tensors, **options)
+
+    first = run()
+    for _ in range(19):
+        assert all(torch.equal(value, first[name]) for name, value in run().items())
+
+
+def test_an_activation_of_more_than_2_to_the_31_elements_is_right_to_its_last_row():
+    rows, N = 2**19 + 300, 4096 + 256
+    case = LinearCase(M=4, K=256, N=N, h=64, b=256, dtype=torch.bfloat16)
+    parameters = {k: v for k, v in case.tensors().items() if k in ("logits_A", "logits_B", "vector_bank")}
+    x = torch.randn(rows, case.K, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    base = torch.randn(rows, N, device="cuda", dtype=torch.bfloat16)
+    assert base.numel() > 2**31
+    y = ops.vblora_linear(x, base, *parameters.values(), case.k, backend="triton")
+    y.backward(base)
+    last = slice(rows - 70, rows)
+    part = x.detach()[last].double().requires_grad_()
+    wide = [p.detach().double() for p in parameters.values()]
+    truth = reference.vblora_linear(part, base[last].double(), *wide, case.k)
+    (dx,) = torch.autograd.grad(truth, part, base[last].double())
+    for value, expected, what in ((y[last], truth, "y"), (x.grad[last], dx, "x")):
+        assert_as_exact_as_eager(value, expected.to(value.dtype), expected, torch.bfloat16, what)
+
+
+def test_forward_and_backward_never_wait_for_the_gpu():
+    case = LinearCase(M=300, **Q, h=256, b=256, dtype=torch.bfloat16)
+    tensors = case.tensors()
+    case.run(ops.vblora_linear, tensors, backend="triton", dropout_p=0.1, training=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.run(ops.vblora_linear, tensors, backend="triton", dropout_p=0.1, training=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
