@@ -34,6 +34,9 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 def _commit() -> str:
     root = Path(__file__).parents[1]
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     return described.stdout.strip() or "unknown"

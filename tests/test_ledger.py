@@ -47,6 +47,27 @@ def test_nothing_is_launched_for_no_tokens():
     assert launches(lambda: case.run(ops.vblora_linear, case.tensors(), backend="triton")) == []
 
 
+@pytest.mark.parametrize(
+    ("needed", "expected"),
+    [
+        (["x"], BACKWARD[:3]),
+        (["base_out"], []),
+        (["logits_B"], [BACKWARD[0], BACKWARD[3]]),
+        (["logits_A"], BACKWARD),
+        (["vector_bank"], BACKWARD),
+    ],
+    ids=str,
+)
+def test_backward_launches_only_what_is_needed(needed, expected):
+    case = LinearCase(M=130, K=256, N=512, b=64)
+    tensors = case.tensors()
+    dy = tensors.pop("dy")
+    for name, t in tensors.items():
+        t.requires_grad_(name in needed)
+    y = ops.vblora_linear(*tensors.values(), case.k, backend="triton")
+    assert launches(lambda: y.backward(dy)) == expected
+
+
 def adapted(in_features=32, out_features=48, **options) -> Linear:
     torch.manual_seed(0)
     bank = torch.nn.ParameterDict({"default": torch.nn.Parameter(torch.randn(6, 16) * 0.02)})

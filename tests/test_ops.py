@@ -152,6 +152,16 @@ def test_in_place_is_the_same_in_base_outs_memory(backend):
         case.run(ops.vblora_linear_, inside, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_in_place_on_what_a_backward_needs_is_noticed(backend):
+    tensors = LinearCase(M=20).tensors()
+    del tensors["dy"]
+    tensors["base_out"] = tensors["base_out"].exp()
+    y = ops.vblora_linear_(*tensors.values(), 2, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_largest_sizes_of_the_documented_limits():
     for sizes in (
         {"M": 3, "K": 16, "N": 8, "r": 64, "h": 9, "b": 8, "k": 2},

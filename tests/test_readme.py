@@ -1,5 +1,6 @@
 """What README.md shows works."""
 
+import json
 import re
 from pathlib import Path
 
@@ -36,3 +37,15 @@ def test_map_of_the_readme_names_only_what_exists():
         name = line.split()[0]
         package = line.startswith("  ")
         assert (root / "vblora_triton" / name if package else root / name).exists(), line
+
+
+def test_table_of_the_readme_holds_the_numbers_of_its_report():
+    report = json.loads((Path(__file__).parents[1] / "bench" / "results" / "demo.json").read_text())
+    lines = {line[:36].strip(): line[36:].split()[0] for line in README.splitlines() if line.startswith("  ")}
+    assert float(lines["before (base model alone)"]) == round(report["loss_before"], 4)
+    assert float(lines["after"]) == round(report["loss_after"], 4)
+    sizes = [int(value.replace(",", "")) for name, value in lines.items() if "," in value and value[0].isdigit()]
+    assert sizes == [report["bytes"][name] for name in ("base", "lora", "full", "topk")]
+    for name, key in (("top-k file", "reloaded_topk"), ("full file", "reloaded_full")):
+        assert float(lines[f"reloaded from the {name}"]) == float(f"{report['max_abs_diff'][key]:.1e}")
+    assert float(lines["merged into the base"]) == float(f"{report['max_abs_diff']['merged']:.1e}")
