@@ -1,6 +1,7 @@
 """What a result was measured on."""
 
 import platform
+import shutil
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,8 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 
 def _commit() -> str:
     root = Path(__file__).parents[1]
+    if shutil.which("git") is None:
+        return "unknown"
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],
         cwd=root,

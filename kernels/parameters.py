@@ -12,9 +12,11 @@ from .select import Selected
 
 @triton.jit
 def _load_planes(D_ptr, offs, mask, planes, stride_plane):
-    d = tl.load(D_ptr + offs, mask=mask, other=0.0)
+    d_ptrs = D_ptr + offs
+    d = tl.load(d_ptrs, mask=mask, other=0.0)
     for plane in range(1, planes):
-        d += tl.load(D_ptr + plane * stride_plane + offs, mask=mask, other=0.0)
+        # In 64 bits: many planes of a large M pass 2^31 elements.
+        d += tl.load(d_ptrs + tl.cast(plane, tl.int64) * stride_plane, mask=mask, other=0.0)
     return d
 
 

@@ -6,9 +6,11 @@ to it, v = high + middle + low, 8 bits each:
 * Against 16-bit activations, COPIES copies of the rank stand side by side in the columns, one for each term, and are
   added up at the end (`fold`). With 3 TERMS, all 24 bits, there are 4 copies, the last one empty; with 2, 16 bits, 2.
   At r <= 4 the 16 columns that the matrix unit wants anyway hold all three terms. An fp16 activation itself goes in as
-  two bf16 terms, which is exact, and no value that fp32 holds overflows.
+  two bf16 terms, which is exact.
 * Where both operands are fp32 values, PARTS parts stand side by side along the dimension that is summed, one for each
   product of two terms: 8 with 3 TERMS, 4 with 2.
+
+An infinity has no such terms (inf - inf): it makes its row NaN, where eager PyTorch may keep it infinite.
 
 fp32 activations meet the fp32 values themselves: 1 term, 1 copy, 1 part. R_PAD and P_PAD are the width of a copy and of
 a part.
@@ -130,7 +132,8 @@ def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, planes, stride_plan
     mask = mask_m[:, None] & mask_i[None, :]
     v = tl.load(v_ptrs, mask=mask, other=0.0)
     for plane in range(1, planes):
-        v += tl.load(v_ptrs + plane * stride_plane, mask=mask, other=0.0)
+        # In 64 bits: many planes of a large M pass 2^31 elements.
+        v += tl.load(v_ptrs + tl.cast(plane, tl.int64) * stride_plane, mask=mask, other=0.0)
     return v
 
 

@@ -107,6 +107,25 @@ def test_autocast_keeps_the_dtype_of_the_base_layer_and_the_precision_of_the_par
     assert relative_error(update, truth) < 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_checkpointing_that_saves_the_base_layers_result_is_satisfied(backend):
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    def policy(context, op, *args, **kwargs):
+        matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if op in matmuls else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model, x = block(backend), torch.randn(20, 32, device=DEVICE)
+
+    def checkpointed(x):
+        return checkpoint(
+            model, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+        )
+
+    for a, b in zip(results(model, model, x), results(model, checkpointed, x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_deterministic_mode_is_satisfied():
     case = LinearCase(M=40)
     torch.use_deterministic_algorithms(True)

@@ -79,8 +79,8 @@ def adapted(in_features=32, out_features=48, **options) -> Linear:
 
 
 @torch.no_grad()
-def test_evaluation_selects_once_until_the_logits_change():
-    layer, x = adapted().eval(), torch.randn(20, 32, device=DEVICE)
+def test_evaluation_selects_once_until_the_frozen_logits_change():
+    layer, x = adapted().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
     logits = layer.vblora_logits_A["default"]
     select, products = FORWARD[:1], FORWARD[1:]
     assert launches(lambda: layer(x)) == select + products
@@ -89,18 +89,58 @@ def test_evaluation_selects_once_until_the_logits_change():
         "an optimizer's step": lambda: logits.add_(torch.randn_like(logits)),
         "copy_": lambda: logits.copy_(torch.randn_like(logits)),
         "load_state_dict": lambda: layer.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}),
+        "a state_dict assigned": lambda: layer.load_state_dict(
+            {k: torch.randn_like(v) for k, v in layer.state_dict().items()}, assign=True
+        ),
         "new memory": lambda: setattr(logits, "data", torch.randn_like(logits)),
         ".data, then eval()": lambda: (logits.data.copy_(torch.randn_like(logits)), layer.eval()),
         "another dtype": lambda: layer.double().float(),
     }
     for name, change in changes.items():
         change()
+        layer.requires_grad_(False)
+        logits = layer.vblora_logits_A["default"]
         assert launches(lambda: layer(x)) == select + products, name
         fresh = ops.vblora_linear(
             x, layer.base_layer(x), logits, layer.vblora_logits_B["default"], layer.vblora_vector_bank["default"], 2
         )
         torch.testing.assert_close(layer(x), fresh)
         assert launches(lambda: layer(x)) == products, name
+
+
+def test_logits_that_are_trained_are_never_remembered():
+    # A fused optimizer writes to them without counting a version.
+    layer, x = adapted().eval(), torch.randn(20, 32, device=DEVICE)
+    optimizer = torch.optim.AdamW([p for n, p in layer.named_parameters() if "logits" in n], lr=1.0, fused=True)
+    for _ in range(4):
+        with torch.no_grad():
+            evaluated = layer(x)
+        y = layer(x)
+        torch.testing.assert_close(evaluated, y)
+        y.square().sum().backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def test_nothing_is_remembered_of_tensors_that_come_and_go():
+    layer, x = adapted().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
+    for _ in range(10):
+        own = {n: torch.randn_like(p) for n, p in layer.named_parameters() if "logits" in n}
+        bank = layer.vblora_vector_bank["default"]
+        expected = ops.vblora_linear(
+            x, layer.base_layer(x), own["vblora_logits_A.default"], own["vblora_logits_B.default"], bank, 2
+        )
+        torch.testing.assert_close(torch.func.functional_call(layer, own, (x,)), expected)
+
+
+@torch.no_grad()
+def test_fake_tensors_leave_nothing_behind():
+    layer, x = adapted().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
+    expected = layer(x)
+    layer.eval()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(x))
+    assert torch.equal(layer(x), expected)
 
 
 def test_training_and_gradients_in_evaluation_never_use_a_remembered_selection():

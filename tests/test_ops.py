@@ -292,9 +292,52 @@ def test_second_derivative_is_refused():
     tensors = case.tensors()
     dy = tensors.pop("dy").requires_grad_()
     y = ops.vblora_linear(*tensors.values(), case.k, backend="triton")
-    (dx,) = torch.autograd.grad(y, tensors["x"], dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*create_graph=True"):
+        torch.autograd.grad(y, tensors["x"], dy, create_graph=True)
+    out = ops.compose(tensors["logits_A"], tensors["vector_bank"], 2, backend="triton")
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(out.sum(), tensors["vector_bank"], create_graph=True)
+
+
+def test_forward_mode_derivative_is_refused():
+    tensors = [t.detach() for t in LinearCase(M=2, K=16, N=8, b=8, h=5).tensors().values()]
+    x, base, *parameters, _ = tensors
+    with pytest.raises(NotImplementedError, match="vblora_linear has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.vblora_linear(x, base, *parameters, 2, backend="triton"), (x,), (x,))
+
+
+@pytest.mark.parametrize(("M", "K", "N"), [(3, 0, 16), (3, 16, 0), (0, 16, 8)])
+@pytest.mark.parametrize("base", [True, False])
+def test_no_features_in_or_out_are_as_in_the_reference(M, K, N, base):
+    case = LinearCase(M=M, K=K, N=N, r=2, h=5, b=8, base=base)
+    tensors = case.tensors()
+    expected = case.run(reference.vblora_linear, tensors)
+    for name, value in case.run(ops.vblora_linear, tensors, backend="triton").items():
+        assert torch.equal(value, expected[name]), name
+    rest = [tensors[name].detach() for name in ("logits_A", "logits_B")]
+    selection = ops.select(*rest, 2, backend="triton")
+    y = ops.vblora_linear_selected(tensors["x"], tensors.get("base_out"), *selection, tensors["vector_bank"])
+    assert torch.equal(y, expected["y"])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_in_place_over_x_itself_is_refused(backend):
+    case = LinearCase(M=3, K=16, N=16, b=8, h=5)
+    memory = torch.randn(3, 16, device=DEVICE)
+    parameters = [t.detach() for name, t in case.tensors().items() if name.startswith(("logits", "vector"))]
+    for x in (memory, memory.view(3, 16)):
+        with pytest.raises(ValueError, match="share memory"):
+            ops.vblora_linear_(x, memory, *parameters, 2, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_in_place_rounds_once(backend, dtype):
+    case = LinearCase(M=20, dtype=dtype)
+    x, base, *parameters, _ = (t.detach() for t in case.tensors().values())
+    for start in (base, base.float()):
+        expected = ops.vblora_linear(x, start, *parameters, 2, backend=backend)
+        assert torch.equal(ops.vblora_linear_(x, start.clone(), *parameters, 2, backend=backend), expected)
 
 
 def test_use_backend_sets_what_auto_means(monkeypatch):
@@ -326,7 +369,11 @@ def valid(**changes):
     [
         ({"x": "text"}, TypeError, "`x` must be a floating tensor, not str"),
         ({"x": torch.ones(2, 16, dtype=torch.int64)}, TypeError, "`x` must be a floating tensor, not torch.int64"),
-        ({"x": torch.ones(2, 20)}, ValueError, r"`logits_A` has shape \(4, 2, 5\).*\(r, 2.5, 5\)"),
+        (
+            {"x": torch.ones(2, 20)},
+            ValueError,
+            r"`logits_A` has shape \(4, 2, 5\).*`vector_length`, 8, must divide the 20",
+        ),
         ({"x": torch.ones(())}, ValueError, "`x` is a scalar"),
         ({"x": torch.ones(2, 16, device="meta")}, ValueError, "is on .* and `x` on meta"),
         ({"base_out": torch.ones(2, 25)}, ValueError, r"`base_out` has shape \(2, 25\).*must be \(2, 24\)"),

@@ -27,7 +27,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
 def check_topk(topk: int, num_vectors: int) -> None:
     """Check that topk is an int from 1 to num_vectors."""
     if isinstance(topk, bool) or not isinstance(topk, int):
-        raise TypeError(f"`topk` must be an int, not {type(topk).__name__}.")
+        raise TypeError(f"`topk` must be an int, not {type(topk).__name__}; give int(topk).")
     if not 1 <= topk <= num_vectors:
         raise ValueError(f"`topk` is {topk}; it must be from 1 to the {num_vectors} vectors of the bank.")
 
@@ -56,7 +56,11 @@ def check_linear(
     if A.dim() != 3 or A.shape[0] < 1 or A.shape[1] * b != x.shape[-1] or A.shape[2] != last:
         raise ValueError(
             f"`{what}_A` has shape {tuple(A.shape)}; with x {tuple(x.shape)} and a bank {tuple(vector_bank.shape)} "
-            f"it must be (r, {x.shape[-1] / b:g}, {last}): `vector_length` must divide the input features."
+            + (
+                f"it must be (r, {x.shape[-1] // b}, {last})."
+                if x.shape[-1] % b == 0
+                else f"there is none that fits: `vector_length`, {b}, must divide the {x.shape[-1]} input features."
+            )
         )
     if B.dim() != 3 or B.shape[1:] != (A.shape[0], last):
         raise ValueError(
@@ -89,6 +93,13 @@ def check_selected(x: Tensor, indices: Tensor, weights: Tensor, which: str) -> N
 
 def dropout_in_force(dropout_p: float, training: bool) -> float:
     """Check the probability, and return it, or 0 where not training."""
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"`dropout_p` must be a number, not {type(dropout_p).__name__}.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"`dropout_p` is {dropout_p}; it is a probability, from 0 to 1.")
     return float(dropout_p) if training else 0.0
+
+
+def is_alias_of(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors share their memory."""
+    return a.device == b.device and a.untyped_storage()._cdata == b.untyped_storage()._cdata

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from vblora_triton import reference
-from vblora_triton.checks import check_bank, check_linear, check_selected, check_tensors, check_topk, dropout_in_force
+from vblora_triton.checks import (
+    check_bank,
+    check_linear,
+    check_selected,
+    check_tensors,
+    check_topk,
+    dropout_in_force,
+    is_alias_of,
+)
 from vblora_triton.triton_ops import linear, support
 
 BACKENDS = ("auto", "triton", "reference")
@@ -20,6 +28,8 @@ _default_backend = "auto"
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Let every op that is called with `backend="auto"` inside the context use `backend`.
+
+    It holds for the whole process: do not let contexts of several threads overlap.
 
     Args:
         backend: "auto" (Triton where the tensors are on a GPU that it supports, the reference elsewhere), "triton" or
@@ -136,12 +146,14 @@ def vblora_linear_(
     torch.compile it is `vblora_linear`, and the compiler sees to the memory.
 
     Raises:
-        ValueError: as `vblora_linear`; or `base_out` is not contiguous.
+        ValueError: as `vblora_linear`; or `base_out` is not contiguous, or shares memory with x.
     """
     check_tensors(x=x, base_out=base_out, logits_A=logits_A, logits_B=logits_B, vector_bank=vector_bank)
     check_linear(x, base_out, vector_bank, logits_A, logits_B, vector_bank.shape[0], "logits")
     check_topk(topk, vector_bank.shape[0])
     p = dropout_in_force(dropout_p, training)
+    if x is base_out or (not torch.compiler.is_compiling() and is_alias_of(x, base_out)):
+        raise ValueError("`x` and `base_out` share memory, and x is needed as it is; call vblora_linear.")
     if not base_out.is_contiguous():
         raise ValueError(
             f"`base_out` has strides {base_out.stride()}, but only a contiguous tensor can be written in place; "
@@ -156,6 +168,8 @@ def vblora_linear_(
         == "reference"
     ):
         with _no_autocast(x.device.type):
+            # In the wide dtype, so that there is one rounding: that of the sum.
+            x = x.to(torch.promote_types(x.dtype, vector_bank.dtype))
             update = reference.vblora_linear(
                 x, None, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training
             )

@@ -4,9 +4,14 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vblora_triton.triton_ops.register import below_autograd, define, define_differentiable, scatter
+from vblora_triton.triton_ops.register import (
+    below_autograd,
+    define,
+    define_differentiable,
+    first_derivative_only,
+    scatter,
+)
 from vblora_triton.triton_ops.support import as_rows, on_device
 
 
@@ -85,7 +90,7 @@ class _Compose(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, d_out):
         needs = list(ctx.needs_input_grad[:2])
         with below_autograd():

@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vblora_triton.triton_ops.register import below_autograd, define, define_differentiable, scatter
+from vblora_triton.triton_ops.register import (
+    below_autograd,
+    define,
+    define_differentiable,
+    first_derivative_only,
+    scatter,
+)
 from vblora_triton.triton_ops.support import as_rows, on_device
 
 # indices_A, weights_A: (r, in/b, topk), int32 and fp32; indices_B, weights_B: (out/b, r, topk).
@@ -63,8 +68,9 @@ def _forward(
     from vblora_triton.kernels.tuning import FEW_ROWS
 
     r = logits_A.shape[0]
-    if x.numel() == 0:
-        # No row, no launch: backward looks at none of these either.
+    if x.numel() == 0 or out.numel() == 0:
+        # Nothing to multiply, no launch: backward looks at none of these either.
+        _without_update(out, base_out)
         return _forward_fake_(x, out, logits_A, logits_B, vector_bank, topk, dropout_p, seed)
     with on_device(x.device):
         logits = None
@@ -75,6 +81,10 @@ def _forward(
             selection = _select(logits_A, logits_B, topk)
         s = _products(x, base_out, selection, logits, vector_bank, r, dropout_p, seed, out)
     return s, *selection
+
+
+def _without_update(out: Tensor, base_out: Tensor | None) -> Tensor:
+    return out.zero_() if base_out is None else out.copy_(base_out)
 
 
 def _linear_fwd(
@@ -149,8 +159,8 @@ def _selected_fwd(
 ) -> tuple[Tensor, Tensor]:
     r = indices_A.shape[0]
     out = _empty_out(x, base_out, indices_B.shape[0] * vector_bank.shape[1])
-    if x.numel() == 0:
-        return out, x.new_empty((0, r), dtype=torch.float32)
+    if x.numel() == 0 or out.numel() == 0:
+        return _without_update(out, base_out), x.new_empty((math.prod(x.shape[:-1]), r), dtype=torch.float32)
     selection = (indices_A, weights_A, indices_B, weights_B)
     with on_device(x.device):
         return out, _products(x, base_out, selection, None, vector_bank, r, dropout_p, seed, out)
@@ -194,7 +204,7 @@ def _backward(
 
     need_x, need_logits_A, need_logits_B, need_bank = needs
     need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
-    if x.numel() == 0:
+    if x.numel() == 0 or dy.numel() == 0:
         empty = _backward_fake(
             dy, x, s, indices_A, weights_A, indices_B, weights_B, vector_bank, dtype_A, dtype_B, dropout_p, seed, needs
         )
@@ -274,7 +284,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         need_x, need_base, *need_parameters = ctx.needs_input_grad[:5]
         dx, *grads = _gradients(ctx, dy, [need_x, *need_parameters], ctx.dtypes)
@@ -306,7 +316,7 @@ class _Selected(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         need_x, need_base, *_, need_bank = ctx.needs_input_grad[:7]
         # No gradient of the logits: their dtypes do not matter.

@@ -1,10 +1,12 @@
 """How an operator is defined: schema, implementation, fake and, where it is differentiable, autograd formula."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("vblora_triton", "DEF")
 
@@ -28,6 +30,10 @@ def define_differentiable(name: str, arguments: str, function: Any, fwd: str, fw
         return getattr(torch.ops.vblora_triton, fwd)(*args)[0]
 
     def autograd(*args: Any) -> Tensor:
+        if forward_ad._current_level >= 0 and any(
+            isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+        ):
+            raise NotImplementedError(f"{name} has no forward-mode derivative in Triton; use backend='reference'.")
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return function.apply(*args)
         with below_autograd():
@@ -40,6 +46,24 @@ def define_differentiable(name: str, arguments: str, function: Any, fwd: str, fw
 def below_autograd() -> Any:
     """Inside the context operators run without a look at autograd."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """Decorate the backward of an autograd.Function whose own derivative the kernels do not compute."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(g, Tensor) and g.requires_grad for g in (*grads, *ctx.saved_tensors)
+        ):
+            raise RuntimeError(
+                "The Triton kernels cannot be differentiated twice, which create_graph=True asks for; "
+                "use backend='reference'."
+            )
+        with torch.no_grad():
+            return backward(ctx, *grads)
+
+    return checked
 
 
 def scatter(needs: list[bool], grads: list[Tensor]) -> list[Tensor | None]:

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 def as_names(adapter_names: str | Iterable[str]) -> list[str]:
-    """Return the names of adapters as a list, whether one was given or several."""
-    return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    """Return the names of adapters as a list, each once, whether one was given or several."""
+    return [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
 
 
 def check_adapter_name(name: Any) -> None:

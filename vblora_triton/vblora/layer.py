@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vblora_triton import ops
 from vblora_triton.tuner.config import check_float, check_int
 from vblora_triton.tuner.layer import MergingLayer, linear_features
+from vblora_triton.vblora.selection import SelectionCache, is_plain
 from vblora_triton.vblora.topk import TopkLogits
 
 
@@ -161,35 +162,6 @@ class VBLoRALayer(MergingLayer):
         return [*super().tensors_of(adapter_name), *selections]
 
 
-class SelectionCache:
-    """What the logits of each adapter select, as long as they stay as they are; evaluation selects once.
-
-    A change counts when the parameter's version does, as for optimizers, `copy_` and `load_state_dict`. A write through
-    `.data` does not: call `train()` or `eval()` of the layer or the model after it.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[Any, ...], ops.Selection]] = {}
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        # Copies and pickles start empty.
-        return SelectionCache, ()
-
-    def get(self, adapter: str, logits_A: Tensor, logits_B: Tensor, topk: int, backend: str) -> ops.Selection:
-        """Return the adapter's selection, made now if the logits have changed since the last call."""
-        if logits_A.is_inference() or logits_B.is_inference():
-            # Such tensors do not count versions.
-            return ops.select(logits_A, logits_B, topk, backend=backend)
-        state = (logits_A.data_ptr(), logits_A._version, logits_B.data_ptr(), logits_B._version, topk)
-        if adapter not in self._known or self._known[adapter][0] != state:
-            self._known[adapter] = (state, ops.select(logits_A, logits_B, topk, backend=backend))
-        return self._known[adapter][1]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._known.clear()
-
-
 class Linear(nn.Linear, VBLoRALayer):
     """nn.Linear, or transformers' Conv1D, with VB-LoRA adapters.
 
@@ -265,18 +237,21 @@ class Linear(nn.Linear, VBLoRALayer):
         logits = (self.vblora_logits_A[adapter], self.vblora_logits_B[adapter])
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             selection = self._selections.get(adapter, *logits, self.topk[adapter], self.backend)
-            return ops.vblora_linear_selected(x, result, *selection, bank, **options)
+            if selection is not None:
+                return ops.vblora_linear_selected(x, result, *selection, bank, **options)
         op = ops.vblora_linear_ if self._may_write(result) else ops.vblora_linear
         return op(x, result, *logits, bank, self.topk[adapter], **options)
 
     def _may_write(self, result: Tensor) -> bool:
         """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
 
-        It is a plain linear's: neither its backward, nor a hook, nor another tensor that it is a view of needs it.
+        It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that
+        it is a view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
         """
         base = self.base_layer
         return (
             type(base) is nn.Linear
+            and is_plain(result)
             and "forward" not in vars(base)
             and not base._forward_hooks
             and not torch.nn.modules.module._global_forward_hooks

@@ -1,0 +1,77 @@
+"""What frozen logits select, kept from one evaluation to the next."""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from vblora_triton import ops
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Say whether these are ordinary tensors in an ordinary call: no mode, transform or trace looks on.
+
+    Under any of them a result must not outlive the call, nor memory be written that somebody may have noted.
+    """
+    return (
+        all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+class _State(NamedTuple):
+    """A tensor's identity, memory and version; as long as all three hold, so do its values."""
+
+    tensor: weakref.ref[Tensor]
+    storage: StorageWeakRef
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _State:
+        return cls(weakref.ref(tensor), StorageWeakRef(tensor.untyped_storage()), tensor._version)
+
+    def holds(self, tensor: Tensor) -> bool:
+        # While the weak reference lives, no other storage has its address.
+        same_memory = self.storage.cdata == tensor.untyped_storage()._cdata
+        return self.tensor() is tensor and same_memory and self.version == tensor._version
+
+
+class SelectionCache:
+    """What the frozen logits of each adapter select, as long as they stay as they are; evaluation selects once.
+
+    Logits that are trained are never remembered: fused optimizers write to them without counting a version. A change of
+    frozen ones counts when their version does, as for `copy_` and `load_state_dict`, or when they get other memory. A
+    write through `.data` does not: call `train()` or `eval()` of the layer or the model after it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[_State, _State, int, ops.Selection]] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Copies and pickles start empty.
+        return SelectionCache, ()
+
+    def get(self, adapter: str, logits_A: Tensor, logits_B: Tensor, topk: int, backend: str) -> ops.Selection | None:
+        """Return the adapter's selection, made now if it has changed; None where it may not be remembered."""
+        logits = (logits_A, logits_B)
+        # What a graph captures it must compute itself, each time that it is replayed.
+        captured = logits_A.is_cuda and torch.cuda.is_current_stream_capturing()
+        if captured or any(t.requires_grad or t.is_inference() for t in logits) or not is_plain(*logits):
+            self._known.pop(adapter, None)
+            return None
+        known = self._known.get(adapter)
+        if known is None or not (known[0].holds(logits_A) and known[1].holds(logits_B) and known[2] == topk):
+            selection = ops.select(logits_A, logits_B, topk, backend=backend)
+            known = (_State.of(logits_A), _State.of(logits_B), topk, selection)
+            self._known[adapter] = known
+        return known[3]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
