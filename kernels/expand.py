@@ -92,6 +92,7 @@ def _expand_bwd_kernel(
     M,
     N,
     R,
+    blocks_each,
     stride_dym,
     stride_dyn,
     stride_i,
@@ -104,42 +105,52 @@ def _expand_bwd_kernel(
     INPUT_PRECISION: tl.constexpr,
     NEED_DS: tl.constexpr,
     NEED_DB: tl.constexpr,
+    MANY_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    pid_n = tl.program_id(0)
-    start_n = pid_n * BLOCK_C
+    plane = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
-    offs_n = (start_n + tl.arange(0, BLOCK_C)).to(tl.int64)
-    mask_n = offs_n < N
     offs_c = tl.arange(0, COPIES * R_PAD)
     offs_i = offs_c % R_PAD
     copy = offs_c // R_PAD
     mask_i = (offs_i < R) & (copy < TERMS)
     offs_r = tl.arange(0, R_PAD)
-    if NEED_DS:
-        b = mix(
-            Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, stride_i, stride_t, VECTOR, TOPK, BLOCK_C
-        )  # (COPIES * R_PAD, BLOCK_C)
-        b = tl.trans(term(b, copy[:, None], TERMS))
-    acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
-    for start_m in range(chunk * ROWS, tl.minimum(M, (chunk + 1) * ROWS), BLOCK_M):
-        offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask_m = offs_m < M
-        dy_ptrs = DY_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_M, BLOCK_C)
+    for block in range(0, blocks_each):
+        start_n = (tl.program_id(0) * blocks_each + block) * BLOCK_C
+        offs_n = (start_n + tl.arange(0, BLOCK_C)).to(tl.int64)
+        mask_n = offs_n < N
         if NEED_DS:
-            ds = dot(dy, b, tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32), INPUT_PRECISION)
-            ds_ptrs = DS_ptr + (pid_n.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
-            tl.store(ds_ptrs, fold(ds, R_PAD, COPIES), mask=mask_m[:, None] & (offs_r < R)[None, :])
+            b = mix(
+                Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, stride_i, stride_t, VECTOR, TOPK, BLOCK_C
+            )  # (COPIES * R_PAD, BLOCK_C)
+            b = tl.trans(term(b, copy[:, None], TERMS))
+        acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
+        for start_m in range(chunk * ROWS, tl.minimum(M, (chunk + 1) * ROWS), BLOCK_M):
+            offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+            mask_m = offs_m < M
+            dy_ptrs = DY_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+            dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # (BLOCK_M, BLOCK_C)
+            if NEED_DS:
+                ds = dot(dy, b, tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32), INPUT_PRECISION)
+                ds = fold(ds, R_PAD, COPIES)
+                ds_ptrs = DS_ptr + (plane * M + offs_m)[:, None] * R + offs_r[None, :]
+                mask_mr = mask_m[:, None] & (offs_r < R)[None, :]
+                if MANY_BLOCKS:
+                    # This program's own sum so far.
+                    ds += tl.load(ds_ptrs, mask=mask_mr & (block > 0), other=0.0)
+                tl.store(ds_ptrs, ds, mask=mask_mr)
+            if NEED_DB:
+                s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, 1, 0)
+                s = term(s, copy[None, :], TERMS)  # (BLOCK_M, COPIES * R_PAD)
+                acc_db = dot(tl.trans(dy), s, acc_db, INPUT_PRECISION)
         if NEED_DB:
-            s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, 1, 0)
-            s = term(s, copy[None, :], TERMS)  # (BLOCK_M, COPIES * R_PAD)
-            acc_db = dot(tl.trans(dy), s, acc_db, INPUT_PRECISION)
-    if NEED_DB:
-        db_ptrs = DB_ptr + (chunk * R + offs_r)[None, :] * N + offs_n[:, None]
-        tl.store(db_ptrs, fold(acc_db, R_PAD, COPIES), mask=mask_n[:, None] & (offs_r < R)[None, :])
+            db_ptrs = DB_ptr + (chunk * R + offs_r)[None, :] * N + offs_n[:, None]
+            tl.store(db_ptrs, fold(acc_db, R_PAD, COPIES), mask=mask_n[:, None] & (offs_r < R)[None, :])
+        if MANY_BLOCKS:
+            # The next block's threads read what these wrote.
+            tl.debug_barrier()
 
 
 def launch_expand_fwd(
@@ -220,11 +231,13 @@ def launch_expand_bwd(
     r = s.shape[1]
     config = tuning.two_products(M, N, dy.dtype, r)
     chunks, blocks = triton.cdiv(M, config["ROWS"]), triton.cdiv(N, config["BLOCK_C"])
-    ds = torch.empty((blocks, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
+    blocks_each = tuning.blocks_each(blocks, r)
+    planes = triton.cdiv(blocks, blocks_each)
+    ds = torch.empty((planes, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
     dB = torch.empty((chunks, r, N), dtype=torch.float32, device=dy.device) if need_dB else None
     launch(
         _expand_bwd_kernel,
-        (blocks, chunks),
+        (planes, chunks),
         DY_ptr=dy,
         S_ptr=s,
         Bank_ptr=vector_bank,
@@ -235,6 +248,7 @@ def launch_expand_bwd(
         M=M,
         N=N,
         R=r,
+        blocks_each=blocks_each,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         stride_i=1,
@@ -244,6 +258,7 @@ def launch_expand_bwd(
         INPUT_PRECISION=tuning.input_precision(),
         NEED_DS=need_ds,
         NEED_DB=need_dB,
+        MANY_BLOCKS=blocks_each > 1,
         **tuning.rank_layout(dy.dtype, r),
         **config,
     )

@@ -112,8 +112,19 @@ def expand_fwd(M: int, dtype: torch.dtype, r: int) -> dict[str, int]:
 def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """Either pass of backward over an (M, C) activation: a program takes one block of columns and ROWS rows."""
     rows, options, columns = tile(M, dtype, r)
+    if r > 32 and dtype != torch.float32:
+        # Two accumulators of so many columns spill.
+        columns = 32
     chunks = max(1, min(PROGRAMS // cdiv(C, columns), cdiv(M, rows)))
     return {"BLOCK_M": rows, "BLOCK_C": columns, "ROWS": cdiv(cdiv(M, chunks), rows) * rows, **options}
+
+
+def blocks_each(blocks: int, r: int) -> int:
+    """Blocks of columns that one program of expand's backward takes, adding its ds up in one plane.
+
+    More where the rank is large, so that the planes, (blocks / blocks_each, M, r) fp32, stay small beside dy.
+    """
+    return max(1, min(blocks, r // 3))
 
 
 def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:

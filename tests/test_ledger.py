@@ -190,6 +190,22 @@ def test_no_launch_sees_a_wide_copy_of_an_activation_nor_a_composed_matrix_nor_a
     assert sized_like_A <= {"DA_ptr", "DB_ptr", "S_ptr", "DS_ptr", "STotal_ptr", "V_ptr", "Out_ptr"}
 
 
+@pytest.mark.parametrize("r", [1, 4, 8, 16, 33, 64])
+def test_planes_of_sums_stay_small_beside_the_activations_at_every_rank(r):
+    case = LinearCase(M=4096, K=2048, N=2048, r=r, h=256, b=256, dtype=torch.bfloat16)
+    tensors = case.tensors()
+    dy = tensors.pop("dy")
+    largest = []
+
+    def look(kernel, grid, arguments):
+        activations = ("X_ptr", "Base_ptr", "Y_ptr", "DY_ptr", "DX_ptr")
+        largest.extend(t.nbytes for n, t in arguments.items() if isinstance(t, torch.Tensor) and n not in activations)
+
+    with intercepted(look):
+        ops.vblora_linear(*tensors.values(), case.k, backend="triton").backward(dy)
+    assert max(largest) <= case.M * case.N * 2 / 4, "a quarter of an activation"
+
+
 def test_x_and_dy_are_each_read_by_one_launch_of_backward():
     tensors = LARGE.tensors()
     dy = tensors.pop("dy")
