@@ -75,6 +75,49 @@ def check_linear(
         )
 
 
+def check_vera(x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor) -> None:
+    """Check the sizes of a VeRA linear's arguments against each other, and that A and B are frozen."""
+    if x.dim() == 0:
+        raise ValueError("`x` is a scalar; it must be (*batch, in).")
+    for name, scale, size in (("lambda_b", lambda_b, "out"), ("lambda_d", lambda_d, "r")):
+        if scale.dim() != 1 or scale.shape[0] < 1:
+            raise ValueError(f"`{name}` has shape {tuple(scale.shape)}; it must be ({size}), not empty.")
+    N, r = lambda_b.shape[0], lambda_d.shape[0]
+    if A.dim() != 2 or A.shape[0] != r or A.shape[1] < x.shape[-1]:
+        raise ValueError(
+            f"`A` has shape {tuple(A.shape)}; with x {tuple(x.shape)} and lambda_d {tuple(lambda_d.shape)} it must be "
+            f"({r}, at least {x.shape[-1]})."
+        )
+    if B.dim() != 2 or B.shape[1] != r or B.shape[0] < N:
+        raise ValueError(
+            f"`B` has shape {tuple(B.shape)}; with lambda_b {tuple(lambda_b.shape)} and lambda_d "
+            f"{tuple(lambda_d.shape)} it must be (at least {N}, {r})."
+        )
+    out = (*x.shape[:-1], N)
+    if base_out is not None and base_out.shape != out:
+        raise ValueError(
+            f"`base_out` has shape {tuple(base_out.shape)}; with x {tuple(x.shape)} and lambda_b "
+            f"{tuple(lambda_b.shape)} it must be {out}."
+        )
+    for name, projection in (("A", A), ("B", B)):
+        if projection.requires_grad:
+            raise ValueError(
+                f"`{name}` requires a gradient, but VeRA's projections are frozen; give {name}.detach() and train "
+                "lambda_b and lambda_d."
+            )
+
+
+def check_in_place(x: Tensor, base_out: Tensor, otherwise: str) -> None:
+    """Check that an update from x can be written into base_out; `otherwise` names the op that makes a new tensor."""
+    if x is base_out or (not torch.compiler.is_compiling() and is_alias_of(x, base_out)):
+        raise ValueError(f"`x` and `base_out` share memory, and x is needed as it is; call {otherwise}.")
+    if not base_out.is_contiguous():
+        raise ValueError(
+            f"`base_out` has strides {base_out.stride()}, but only a contiguous tensor can be written in place; "
+            f"call {otherwise}."
+        )
+
+
 def check_selected(x: Tensor, indices: Tensor, weights: Tensor, which: str) -> None:
     """Check the dtypes, shapes and device of one matrix's selection."""
     if indices.dtype != torch.int32 or weights.dtype != torch.float32:

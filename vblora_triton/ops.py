@@ -1,49 +1,36 @@
 """The public functions: they check their arguments, choose a backend, and call the kernels or the reference."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vblora_triton import reference
+from vblora_triton.backends import choose, no_autocast, seed_for, use_backend
 from vblora_triton.checks import (
     check_bank,
+    check_in_place,
     check_linear,
     check_selected,
     check_tensors,
     check_topk,
+    check_vera,
     dropout_in_force,
-    is_alias_of,
 )
-from vblora_triton.triton_ops import linear, support
+from vblora_triton.triton_ops import linear
+from vblora_triton.triton_ops.support import vblora_sizes
 
-BACKENDS = ("auto", "triton", "reference")
-
-# What `backend="auto"` means at present: `use_backend` changes it for the whole process.
-_default_backend = "auto"
-
-
-@contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Let every op that is called with `backend="auto"` inside the context use `backend`.
-
-    It holds for the whole process: do not let contexts of several threads overlap.
-
-    Args:
-        backend: "auto" (Triton where the tensors are on a GPU that it supports, the reference elsewhere), "triton" or
-            "reference".
-    Raises:
-        ValueError: the name is none of these.
-    """
-    global _default_backend
-    _check_backend(backend)
-    previous, _default_backend = _default_backend, backend
-    try:
-        yield
-    finally:
-        _default_backend = previous
+__all__ = [
+    "Selection",
+    "compose",
+    "select",
+    "use_backend",
+    "vblora_linear",
+    "vblora_linear_",
+    "vblora_linear_selected",
+    "vera_linear",
+    "vera_linear_",
+]
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "auto") -> Tensor:
@@ -72,7 +59,7 @@ def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "a
             f"`logits` has shape {tuple(logits.shape)}; its last dimension must be the {vector_bank.shape[0]} vectors "
             f"of `vector_bank` {tuple(vector_bank.shape)}."
         )
-    if _choose(backend, 1, topk, vector_bank.shape, logits, vector_bank) == "reference":
+    if choose(backend, vblora_sizes(1, topk, *vector_bank.shape), logits, vector_bank) == "reference":
         return reference.compose(logits, vector_bank, topk)
     return torch.ops.vblora_triton.compose(logits, vector_bank, topk)
 
@@ -117,15 +104,13 @@ def vblora_linear(
     check_linear(x, base_out, vector_bank, logits_A, logits_B, vector_bank.shape[0], "logits")
     check_topk(topk, vector_bank.shape[0])
     p = dropout_in_force(dropout_p, training)
-    if (
-        _choose(backend, logits_A.shape[0], topk, vector_bank.shape, x, logits_A, logits_B, vector_bank, base_out)
-        == "reference"
-    ):
-        with _no_autocast(x.device.type):
+    sizes = vblora_sizes(logits_A.shape[0], topk, *vector_bank.shape)
+    if choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out) == "reference":
+        with no_autocast(x.device.type):
             return reference.vblora_linear(
                 x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training
             )
-    return torch.ops.vblora_triton.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk, p, _seed(p, x))
+    return torch.ops.vblora_triton.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk, p, seed_for(p, x))
 
 
 def vblora_linear_(
@@ -152,29 +137,21 @@ def vblora_linear_(
     check_linear(x, base_out, vector_bank, logits_A, logits_B, vector_bank.shape[0], "logits")
     check_topk(topk, vector_bank.shape[0])
     p = dropout_in_force(dropout_p, training)
-    if x is base_out or (not torch.compiler.is_compiling() and is_alias_of(x, base_out)):
-        raise ValueError("`x` and `base_out` share memory, and x is needed as it is; call vblora_linear.")
-    if not base_out.is_contiguous():
-        raise ValueError(
-            f"`base_out` has strides {base_out.stride()}, but only a contiguous tensor can be written in place; "
-            "call vblora_linear."
-        )
+    check_in_place(x, base_out, "vblora_linear")
     if torch.compiler.is_compiling():
         return vblora_linear(
             x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training, backend=backend
         )
-    if (
-        _choose(backend, logits_A.shape[0], topk, vector_bank.shape, x, logits_A, logits_B, vector_bank, base_out)
-        == "reference"
-    ):
-        with _no_autocast(x.device.type):
+    sizes = vblora_sizes(logits_A.shape[0], topk, *vector_bank.shape)
+    if choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out) == "reference":
+        with no_autocast(x.device.type):
             # In the wide dtype, so that there is one rounding: that of the sum.
             x = x.to(torch.promote_types(x.dtype, vector_bank.dtype))
             update = reference.vblora_linear(
                 x, None, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training
             )
         return base_out.add_(update)
-    return linear.linear_(x, base_out, logits_A, logits_B, vector_bank, topk, p, _seed(p, x))
+    return linear.linear_(x, base_out, logits_A, logits_B, vector_bank, topk, p, seed_for(p, x))
 
 
 class Selection(NamedTuple):
@@ -215,7 +192,7 @@ def select(logits_A: Tensor, logits_B: Tensor, topk: int, *, backend: str = "aut
         )
     check_topk(topk, shape_A[2])
     with torch.no_grad():
-        if _choose(backend, shape_A[0], topk, (shape_A[2], 1), logits_A, logits_B) == "triton":
+        if choose(backend, vblora_sizes(shape_A[0], topk, shape_A[2], 1), logits_A, logits_B) == "triton":
             return Selection(*torch.ops.vblora_triton.vblora_select(logits_A, logits_B, topk))
         (indices_A, weights_A), (indices_B, weights_B) = (reference.select(t, topk) for t in (logits_A, logits_B))
         return Selection(indices_A.int(), weights_A.float(), indices_B.int(), weights_B.float())
@@ -255,43 +232,84 @@ def vblora_linear_selected(
     check_topk(topk, vector_bank.shape[0])
     p = dropout_in_force(dropout_p, training)
     selection = (indices_A, weights_A, indices_B, weights_B)
-    if _choose(backend, r, topk, vector_bank.shape, x, vector_bank, base_out) == "reference":
-        with _no_autocast(x.device.type):
+    if choose(backend, vblora_sizes(r, topk, *vector_bank.shape), x, vector_bank, base_out) == "reference":
+        with no_autocast(x.device.type):
             return reference.vblora_linear_selected(
                 x, base_out, *selection, vector_bank, dropout_p=p, training=training
             )
-    return torch.ops.vblora_triton.vblora_linear_selected(x, base_out, *selection, vector_bank, p, _seed(p, x))
+    return torch.ops.vblora_triton.vblora_linear_selected(x, base_out, *selection, vector_bank, p, seed_for(p, x))
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """The matmuls of the definition keep their own dtypes: autocast is for the base model."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def vera_linear(
+    x: Tensor,
+    base_out: Tensor | None,
+    lambda_b: Tensor,
+    lambda_d: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Add the low-rank update of VeRA to the output of the base layer.
+
+    out = base_out + lambda_b * ((lambda_d * (dropout(x) A[:, :in]^T)) B[:out]^T)      (VeRA, arXiv 2310.11454, eq. 2)
+
+    Differentiable once in x, base_out, lambda_b and lambda_d; A and B are frozen.
+
+    Args:
+        x: (*batch, in), floating.
+        base_out: (*batch, out), floating, or None for the update alone. It is not written to.
+        lambda_b: (out).
+        lambda_d: (r).
+        A: (r, at least in); its first columns are used, where they are.
+        B: (at least out, r); its first rows are used, where they are.
+        dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`; the kernels round it
+            to a multiple of 2^-16, and scale by what they rounded to.
+        backend: "auto", "triton" or "reference"; see `use_backend`.
+    Returns:
+        (*batch, out), in the dtype of `base_out`, or of `x` where there is none.
+    Raises:
+        ValueError: the sizes disagree, `dropout_p` is out of range, A or B requires a gradient, or the backend is
+            unknown or cannot run.
+        TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
+    """
+    check_tensors(x=x, base_out=base_out, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
+    check_vera(x, base_out, lambda_b, lambda_d, A, B)
+    p = dropout_in_force(dropout_p, training)
+    with no_autocast(x.device.type):
+        return reference.vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
 
 
-def _seed(p: float, x: Tensor) -> Tensor | None:
-    """A tensor, and from torch's generator: torch.manual_seed, checkpointing and graph capture reproduce it."""
-    return torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
+def vera_linear_(
+    x: Tensor,
+    base_out: Tensor,
+    lambda_b: Tensor,
+    lambda_d: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`vera_linear`, written into `base_out`, which is returned: no second tensor of the size of the output.
 
+    For a `base_out` that nobody else needs: a plain linear's backward does not, an activation's does. Under
+    torch.compile it is `vera_linear`, and the compiler sees to the memory.
 
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` is {backend!r}; the backends are {', '.join(map(repr, BACKENDS))}.")
-
-
-def _choose(backend: str, r: int, topk: int, bank_shape: tuple[int, ...], *tensors: Tensor | None) -> str:
-    """The backend that runs, "triton" or "reference"; told to run Triton, raise where it cannot."""
-    _check_backend(backend)
-    if backend == "auto":
-        backend = _default_backend
-    given = [tensor for tensor in tensors if tensor is not None]
-    if backend == "reference" or (backend == "auto" and given[0].device.type != "cuda"):
-        return "reference"
-    unfit = support.unfit(r, topk, *bank_shape, *given)  # type: ignore[arg-type]
-    if unfit is None:
-        return "triton"
-    if backend == "auto":
-        return "reference"
-    error, reason = unfit
-    raise error(f"backend 'triton' cannot run here: {reason}. Use backend='reference', or 'auto' to have it chosen.")
+    Raises:
+        ValueError: as `vera_linear`; or `base_out` is not contiguous, or shares memory with x.
+    """
+    check_tensors(x=x, base_out=base_out, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
+    check_vera(x, base_out, lambda_b, lambda_d, A, B)
+    p = dropout_in_force(dropout_p, training)
+    check_in_place(x, base_out, "vera_linear")
+    if torch.compiler.is_compiling():
+        return vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training, backend=backend)
+    with no_autocast(x.device.type):
+        # In the wide dtype, so that there is one rounding: that of the sum.
+        x = x.to(torch.promote_types(x.dtype, lambda_d.dtype))
+        update = reference.vera_linear(x, None, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
+    return base_out.add_(update)

@@ -126,6 +126,41 @@ def vblora_linear_selected(
     return _add_update(x, base_out, *_placed(*rows), dropout_p, training)
 
 
+def vera_linear(
+    x: Tensor,
+    base_out: Tensor | None,
+    lambda_b: Tensor,
+    lambda_d: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """Add the low-rank update of VeRA to the output of the base layer.
+
+    out = base_out + lambda_b * ((lambda_d * (dropout(x) A[:, :in]^T)) B[:out]^T)      (VeRA, arXiv 2310.11454, eq. 2)
+
+    The update is computed in the wider of the dtypes of `x`, `lambda_d` and A, and added before the one rounding to the
+    result's dtype.
+
+    Args:
+        x: (*batch, in).
+        base_out: (*batch, out), or None for the update alone.
+        lambda_b: (out).
+        lambda_d: (r).
+        A: (r, at least in).
+        B: (at least out, r).
+        dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`.
+    Returns:
+        (*batch, out), in the dtype of `base_out`, or of `x` where there is none.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, A.dtype), lambda_d.dtype)
+    A, B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
+    update = lambda_b * F.linear(lambda_d * F.linear(F.dropout(x, dropout_p, training).to(dtype), A), B)
+    return update.to(x.dtype) if base_out is None else (base_out + update).to(base_out.dtype)
+
+
 def _add_update(x: Tensor, base_out: Tensor | None, A: Tensor, B: Tensor, dropout_p: float, training: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, A.dtype)
     update = F.linear(F.linear(F.dropout(x, dropout_p, training).to(dtype), A.to(dtype)), B.to(dtype))

@@ -13,22 +13,33 @@ MAX_RANK = 64
 MAX_TOPK = 1024
 MAX_VECTORS = 65536
 MAX_VECTOR_LENGTH = 2048
+MAX_VERA_RANK = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# (name, size, limit) of each size of a call that has a limit.
+Sizes = tuple[tuple[str, int, int], ...]
 
-def unfit(
-    r: int, topk: int, num_vectors: int, vector_length: int, *tensors: Tensor
-) -> tuple[type[Exception], str] | None:
-    """Why the kernels cannot run on these arguments: the error to raise and the reason, or None where they can."""
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            return TypeError, f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
-    sizes = (
+
+def vblora_sizes(r: int, topk: int, num_vectors: int, vector_length: int) -> Sizes:
+    """The sizes of a VB-LoRA op."""
+    return (
         ("r", r, MAX_RANK),
         ("topk", topk, MAX_TOPK),
         ("num_vectors", num_vectors, MAX_VECTORS),
         ("vector_length", vector_length, MAX_VECTOR_LENGTH),
     )
+
+
+def vera_sizes(r: int) -> Sizes:
+    """The sizes of a VeRA op."""
+    return (("r", r, MAX_VERA_RANK),)
+
+
+def unfit(sizes: Sizes, *tensors: Tensor) -> tuple[type[Exception], str] | None:
+    """Why the kernels cannot run on these arguments: the error to raise and the reason, or None where they can."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return TypeError, f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
     for name, size, limit in sizes:
         if size > limit:
             return ValueError, f"`{name}` is {size}, and its limit is {limit}"
