@@ -75,7 +75,8 @@ def accumulate(
         if X_TERMS == 0:
             acc = tl.dot(x.to(tl.float32), w, acc, input_precision=INPUT_PRECISION)
         else:
-            x_high = x.to(tl.float32).to(tl.bfloat16)
+            # A bf16 activation goes to the matrix unit as it is, from shared memory.
+            x_high = x if x.dtype == tl.bfloat16 else x.to(tl.float32).to(tl.bfloat16)
             w_high = w.to(tl.bfloat16)
             acc = tl.dot(x_high, w_high, acc)
             if W_TERMS == 2:

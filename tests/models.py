@@ -57,12 +57,12 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 
 def enlarge(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every VB-LoRA parameter again, so that the adapter changes the outputs by far more than any tolerance."""
+    """Draw every adapter parameter again, so that the adapter changes the outputs by far more than any tolerance."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "vblora_" in name:
-                scale = 0.3 if "vector_bank" in name else 2.0
+            if "vblora_" in name or "vera_lambda" in name:
+                scale = 0.3 if "vector_bank" in name else 1.0 if "vera_lambda" in name else 2.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 

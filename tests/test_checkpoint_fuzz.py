@@ -12,24 +12,31 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models import assert_unchanged, enlarge, snapshot, tiny_llama
-from vblora_triton import AdapterFileError, PeftModel, VBLoRAConfig, get_peft_model
+from vblora_triton import AdapterFileError, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
 
 SAFE, BIN, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
-FIELDS = {"r": 3, "num_vectors": 10, "vector_length": 16, "topk": 3, "target_modules": ["q_proj", "v_proj"]}
+FIELDS = {"r": 3, "target_modules": ["q_proj", "down_proj"]}
+# method -> configuration class, fields, and the field that says which of the two forms is written.
+METHODS = {
+    "vblora": (VBLoRAConfig, FIELDS | {"num_vectors": 10, "vector_length": 16, "topk": 3}, "save_only_topk_weights"),
+    "vera": (VeraConfig, FIELDS, "save_projection"),
+}
 GIANT = [2**31, 2**40, 2**62, 2**63, 2**64, -1, 10**30]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`save_projection` is False")
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """name -> folder of a sound adapter, in each form and format."""
+    """(method, file) -> folders of sound adapters, in each form."""
     folders = {}
-    for only_topk in (False, True):
-        for safe in (True, False):
-            name = f"{'topk' if only_topk else 'full'}-{'safe' if safe else 'bin'}"
-            folders[name] = tmp_path_factory.mktemp(name)
-            config = VBLoRAConfig(**FIELDS, save_only_topk_weights=only_topk)
-            model = enlarge(get_peft_model(tiny_llama(), config))
-            model.save_pretrained(folders[name], safe_serialization=safe)
+    for method, (make, fields, form) in METHODS.items():
+        for name in (SAFE, BIN):
+            folders[method, name] = [tmp_path_factory.mktemp("adapter") for _ in range(2)]
+            for which, folder in zip((True, False), folders[method, name], strict=True):
+                model = get_peft_model(tiny_llama(), make(**fields, **{form: which}))
+                enlarge(model).save_pretrained(folder, safe_serialization=name == SAFE)
     return folders
 
 
@@ -63,7 +70,7 @@ def flip_header(draw, path: Path) -> None:
 
 
 def flip_exponents(draw, path: Path) -> None:
-    """Make one value of the bank or of the logits NaN or infinite: all bits of its exponent set."""
+    """Make one value NaN or infinite: all bits of its exponent set."""
     tensors = load_file(path)
     key = draw.choice([key for key, t in tensors.items() if t.is_floating_point()])
     flat = tensors[key].reshape(-1).contiguous().view(torch.int32)
@@ -101,6 +108,10 @@ def change_shapes(draw, path: Path) -> None:
     for key in draw.sample(sorted(tensors), draw.randint(1, 3)):
         t = tensors[key]
         changed = [t[..., :-1], t[:1], t.flatten(), t[None], t[..., :0], t.new_zeros(()), torch.cat([t, t])]
+        # Of a B that has more rows than there are outputs the first are read.
+        changed = [
+            c for c in changed if c.shape != t.shape and not (key.endswith("vera_B") and c.shape[1:] == t.shape[1:])
+        ]
         tensors[key] = draw.choice(changed).contiguous()
     save_file(tensors, path)
 
@@ -144,7 +155,7 @@ def directory_instead(draw, path: Path) -> None:
 
 
 def odd_pickle(draw, path: Path) -> None:
-    odd = [[], 3, None, {"a": 3}, {3: torch.zeros(2)}, {"a": torch.zeros(2)}, {}, {"base_model.vblora_vector_bank": {}}]
+    odd = [[], 3, None, {"a": 3}, {3: torch.zeros(2)}, {"a": torch.zeros(2)}, {}, {"base_model.vera_A": {}}]
     torch.save(draw.choice(odd), path)
 
 
@@ -168,20 +179,21 @@ def wrong_fields(draw, path: Path) -> None:
     values = json.loads(path.read_text())
     odd = [None, "x", -1, 0, 2.5, [], {}, True, float("nan"), [[]], 2**70, ["nothing"]]
     names = ["r", "num_vectors", "vector_length", "topk", "target_modules", "peft_type"]
-    values[draw.choice(names)] = draw.choice(odd)
+    values[draw.choice([name for name in names if name in values])] = draw.choice(odd)
     path.write_text(json.dumps(values))
 
 
 def giant_fields(draw, path: Path) -> None:
     values = json.loads(path.read_text())
-    values[draw.choice(["r", "num_vectors"])] = draw.choice([2**31, 2**40, 2**62])
+    values[draw.choice([name for name in ("r", "num_vectors") if name in values])] = draw.choice([2**31, 2**40, 2**62])
     path.write_text(json.dumps(values))
 
 
 def other_sizes(draw, path: Path) -> None:
     values = json.loads(path.read_text())
-    name, choices = draw.choice([("r", [1, 2, 4]), ("num_vectors", [9, 11, 300]), ("vector_length", [8, 32, 24])])
-    values[name] = draw.choice(choices)
+    sizes = {"r": [1, 2, 4], "num_vectors": [9, 11, 300], "vector_length": [8, 32, 24]}
+    name = draw.choice([name for name in sizes if name in values])
+    values[name] = draw.choice(sizes[name])
     path.write_text(json.dumps(values))
 
 
@@ -199,21 +211,23 @@ def copied(source: Path, target: Path) -> None:
         (target / path.name).write_bytes(path.read_bytes())
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("file", "change"), EVERY, ids=lambda value: getattr(value, "__name__", value))
 def test_every_broken_folder_gives_our_error_in_little_time_and_memory_and_keeps_the_model(
-    file, change, adapters, tmp_path
+    file, change, method, adapters, tmp_path
 ):
-    draw = random.Random(f"{file}/{change.__name__}")
-    names = [name for name in adapters if name.endswith("bin" if file == BIN else "safe")]
-    model = enlarge(get_peft_model(tiny_llama(), VBLoRAConfig(**FIELDS)), seed=3)
+    draw = random.Random(f"{method}/{file}/{change.__name__}")
+    folders = adapters[method, BIN if file == BIN else SAFE]
+    make, fields, _ = METHODS[method]
+    model = enlarge(get_peft_model(tiny_llama(), make(**fields)), seed=3)
     plain = tiny_llama()
     before, before_plain = snapshot(model), snapshot(plain)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in range(-(-500 // len(EVERY))):
+    for number in range(-(-250 // len(EVERY))):
         folder = tmp_path / str(number)
-        copied(adapters[draw.choice(names)], folder)
+        copied(draw.choice(folders), folder)
         change(draw, folder / file)
-        # The configuration is not read for an adapter that is there.
+        # For an adapter that is there, little or nothing of the configuration counts.
         name = "default" if number % 3 == 1 and file != CONFIG else "other"
         start = time.perf_counter()
         # What does not fit the model is a ValueError, whether it comes from a file or from a user.
@@ -236,7 +250,7 @@ def test_a_byte_flipped_in_a_pickle_loads_or_gives_our_error(adapters, tmp_path)
     before = snapshot(plain)
     for number in range(40):
         folder = tmp_path / str(number)
-        copied(adapters["full-bin"], folder)
+        copied(draw.choice([*adapters["vblora", BIN], *adapters["vera", BIN]]), folder)
         data = bytearray((folder / BIN).read_bytes())
         data[draw.randrange(len(data))] ^= draw.randint(1, 255)
         (folder / BIN).write_bytes(bytes(data))

@@ -58,6 +58,13 @@ def bad_cases():
         "dtype": (["--dtype", "float8"], r"argument --dtype: invalid choice: 'float8'"),
         "backend": (["--backend", "cuda"], r"argument --backend: invalid choice: 'cuda'"),
         "method": (["--method", "lora"], r"argument --method: invalid choice: 'lora'"),
+        "topk-with-vera": (["--method", "vera"], r"--num-vectors is an option of VB-LoRA, but --method is vera; leave"),
+        "key-with-vblora": (
+            ["--projection-prng-key", "1"],
+            r"--projection-prng-key is an option of VeRA, but .* vblora",
+        ),
+        "rate-with-vblora": (["--lambda-lr", "1"], r"--lambda-lr is an option of VeRA, but .* give --method vera"),
+        "key": (["--projection-prng-key", "-1"], r"argument --projection-prng-key: '-1' is not a whole number from 0"),
         "unknown-option": (["--rank", "4"], r"unrecognized arguments: --rank 4"),
     }
 
@@ -143,7 +150,7 @@ def test_failure_while_writing_leaves_the_earlier_results_as_they_were(tmp_path,
 def test_help_names_every_option(tmp_path):
     done = shell("finetune", "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    adapter = ["method", "r", "num-vectors", "vector-length", "topk", "target-modules"]
-    training = ["steps", "batch-size", "seq-len", "lr", "vector-bank-lr", "logits-lr", "seed"]
+    adapter = ["method", "r", "num-vectors", "vector-length", "topk", "projection-prng-key", "target-modules"]
+    training = ["steps", "batch-size", "seq-len", "lr", "vector-bank-lr", "logits-lr", "lambda-lr", "seed"]
     for option in ["model", "data", "output", *adapter, *training, "backend", "dtype"]:
         assert re.search(rf"^  --{option} ", done.stdout, re.MULTILINE), option

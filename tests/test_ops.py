@@ -8,7 +8,7 @@ import torch
 import vblora_triton
 from tests.linear_case import LinearCase, in_float64
 from tests.tolerance import assert_as_exact_as_eager, relative_error
-from vblora_triton import ops, reference
+from vblora_triton import eager, ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -344,7 +344,8 @@ def test_use_backend_sets_what_auto_means(monkeypatch):
     case = LinearCase(M=2, K=16, N=8, b=8, h=5)
     tensors = [t.detach() for t in case.tensors().values()][:-1]
     ran = []
-    monkeypatch.setattr(reference, "vblora_linear", lambda *a, **k: ran.append("reference"))
+    for home, name in ((reference, "reference"), (eager, "eager")):
+        monkeypatch.setattr(home, "vblora_linear", lambda *a, name=name, **k: ran.append(name))
     with vblora_triton.use_backend("triton"):
         ops.vblora_linear(*tensors, case.k)
         assert ran == []
@@ -354,7 +355,9 @@ def test_use_backend_sets_what_auto_means(monkeypatch):
         ops.vblora_linear(*tensors, case.k)
     assert ran == ["reference"]
     ops.vblora_linear(*[t.cpu() for t in tensors], case.k)
-    assert ran == ["reference"] * 2, "auto on a CPU is the reference"
+    assert ran == ["reference", "eager"], "auto on a CPU"
+    ops.vblora_linear(*[t.cpu() for t in tensors], case.k, dropout_p=0.5, training=True)
+    assert ran == ["reference", "eager", "reference"], "auto on a CPU, with dropout"
 
 
 def valid(**changes):

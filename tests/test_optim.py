@@ -7,6 +7,7 @@ from torch import nn
 from vblora_triton.optim import parameter_groups
 from vblora_triton.peft_model import get_peft_model
 from vblora_triton.vblora.config import VBLoRAConfig
+from vblora_triton.vera.config import VeraConfig
 
 
 class _Net(nn.Module):
@@ -58,6 +59,16 @@ def test_rates_are_the_papers_and_the_optimizers_own_where_none_are_given(model)
     assert rates == {"vector_bank": 1e-3, "logits": 1e-2, "other": 0.7, "other_no_decay": 0.7}
 
 
+def test_veras_scales_are_a_group_of_their_own():
+    config = VeraConfig(r=3, target_modules=["inner"], bias="vera_only", modules_to_save=["head"])
+    groups = {g["name"]: g for g in parameter_groups(get_peft_model(_Net(), config), weight_decay=0.5)}
+    assert list(groups) == ["lambda", "other", "other_no_decay"]
+    assert sorted(tuple(p.shape) for p in groups["lambda"]["params"]) == [(3,), (8,)]
+    assert (groups["lambda"]["lr"], groups["lambda"]["weight_decay"]) == (4e-3, 0.5)
+    groups = parameter_groups(get_peft_model(_Net(), VeraConfig(r=3, target_modules=["inner"])), lambda_lr=0.2)
+    assert [(g["name"], g["lr"]) for g in groups] == [("lambda", 0.2)]
+
+
 def test_an_adapter_named_like_a_parameter_does_not_confuse_the_groups():
     config = VBLoRAConfig(r=2, num_vectors=5, vector_length=4, target_modules=["inner"])
     model = get_peft_model(_Net(), config, adapter_name="vblora_logits_A2")
@@ -74,7 +85,9 @@ def test_each_rate_is_the_one_its_parameters_move_at(model):
     assert all("vblora_logits_" in name for name in moved)
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"vector_bank_lr": float("nan")}, {"logits_lr": float("inf")}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1.0}, {"vector_bank_lr": float("nan")}, {"logits_lr": float("inf")}, {"lambda_lr": -1}]
+)
 def test_a_rate_that_cannot_be_is_refused_by_name(model, bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"`{name}` is"):

@@ -23,6 +23,8 @@ def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatc
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
     assert isinstance(names["optimizer"], torch.optim.AdamW)
+    assert {group["name"] for group in names["optimizer"].param_groups} == {"lambda"}
+    assert (tmp_path / "vera-adapter" / "adapter_model.safetensors").is_file()
     tokens = torch.arange(8)[None]
     merged, adapted = names["merged"].eval()(tokens).logits, names["model"].eval()(tokens).logits
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vblora_triton.tuner.config import AdapterFileError, PeftConfig, PeftType, TaskType
 from vblora_triton.vblora.config import VBLoRAConfig
+from vblora_triton.vera.config import VeraConfig
 
 if TYPE_CHECKING:
     from vblora_triton import ops
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
     )
     from vblora_triton.vblora.model import VBLoRAModel
+    from vblora_triton.vera.model import VeraModel
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,8 @@ __all__ = [
     "TaskType",
     "VBLoRAConfig",
     "VBLoRAModel",
+    "VeraConfig",
+    "VeraModel",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
@@ -71,6 +75,7 @@ _HOMES = {
     "get_peft_model": "peft_model",
     "parameter_groups": "optim",
     "VBLoRAModel": "vblora.model",
+    "VeraModel": "vera.model",
     **{name: "auto" for name in __all__ if name.startswith("AutoPeftModel")},
     **{name: "task_models" for name in __all__ if name.startswith("PeftModelFor")},
 }

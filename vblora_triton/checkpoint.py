@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vblora_triton.card import CARD_NAME, model_card
-from vblora_triton.tuner.config import CONFIG_NAME, AdapterFileError, replacing
-from vblora_triton.tuner.keys import adapter_keys
+from vblora_triton.tuner.config import CONFIG_NAME, AdapterFileError, PeftConfig, replacing
+from vblora_triton.tuner.keys import adapter_keys, buffers_outside
 from vblora_triton.tuner.layer import MergingLayer
 from vblora_triton.tuner.model import BaseTuner
 
@@ -54,6 +55,7 @@ def adapter_state_dict(
     if state_dict is None:
         tensors = tuner.adapter_tensors(adapter_name)
     else:
+        state_dict = buffers_outside(tuner) | state_dict
         lacking = [live for live in keys.values() if live not in state_dict]
         if lacking:
             raise ValueError(
@@ -100,6 +102,9 @@ def save_adapters(
         changed: dict[str, Any] = {"inference_mode": True}
         if config.task_type is None:
             changed["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        if any(getattr(config, field) is not None for field in config.own_fields):
+            # PEFT passes over what it does not know; whole names say the same to it.
+            changed["target_modules"] = sorted(key for key, layer in tuner.layers() if name in layer.r)
         folder = adapter_folder(save_directory, name)
         write_adapter(folder, tensors, config.to_json(**changed), model_card(config), safe)
 
@@ -205,6 +210,20 @@ def check_adapter(
     return tensors, inference_only
 
 
+def refill_config(config: Any, folder: Path) -> Any:
+    """Return the configuration by which to read a folder for an adapter that is there: its own, but `file_fields`.
+
+    Raises:
+        AdapterFileError: the folder's configuration is broken.
+    """
+    if not config.file_fields or not (folder / CONFIG_NAME).is_file():
+        return config
+    stored, read = PeftConfig.from_json_file(folder / CONFIG_NAME), copy.copy(config)
+    for name in config.file_fields if isinstance(stored, type(config)) else ():
+        setattr(read, name, getattr(stored, name))
+    return read
+
+
 def check_trainable(is_trainable: bool, inference_only: bool, folder: Path) -> None:
     """Raise AdapterFileError if an adapter that is to be trained was read from a file that serves inference only."""
     if is_trainable and inference_only:
@@ -223,9 +242,11 @@ def fill_adapter(tuner: BaseTuner, adapter_name: str, tensors: dict[str, Tensor]
         tensors: key -> value, from `check_adapter`.
         dtype: of parameters that were on the meta device; None keeps the file's.
     """
-    tuner.set_form(adapter_name, tensors)
+    done = tuner.set_form(adapter_name, tensors)
     with torch.no_grad():
         for key, live in adapter_keys(tuner, adapter_name).items():
+            if key in done:
+                continue
             owner_name, _, leaf = live.removeprefix("base_model.").rpartition(".")
             owner = tuner.get_submodule(owner_name)
             current = getattr(owner, leaf)

@@ -109,6 +109,14 @@ def check_vera(x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: T
             )
 
 
+def check_projected(x: Tensor, A: Tensor) -> None:
+    """Check that A can project x."""
+    if x.dim() == 0 or A.dim() != 2 or A.shape[1] < x.shape[-1]:
+        raise ValueError(
+            f"`A` has shape {tuple(A.shape)}; with x {tuple(x.shape)} it must be (r, at least the last size of x)."
+        )
+
+
 def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor) -> None:
     """Check that a projection can be one of x by A."""
     M = math.prod(x.shape[:-1])

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from vblora_triton import __version__
 
 _DESCRIPTION = """\
-Fine-tune a causal language model on text with VB-LoRA, then save the adapter, reload it, merge it, and check that all
-of them compute the same.
+Fine-tune a causal language model on text with VB-LoRA or VeRA, then save the adapter, reload it, merge it, and check
+that all of them compute the same.
 
 Without --model, a small byte-level Llama is first trained from scratch on English text that comes with Python, and
 without --data it is adapted to Python source code that comes with Python: nothing is downloaded, and it takes a few
@@ -21,8 +21,9 @@ minutes on a laptop. The end of the text (a tenth, at most 256 sequences) is hel
 
 _EPILOG = """\
 written to the output folder:
-  adapter/        the adapter with its full logits: to train further, to use, to merge
-  adapter-topk/   the selected vectors and their weights alone, far smaller: to use and to merge
+  adapter/        the adapter with its full logits, or with its projections: to train further, to use, to merge
+  adapter-topk/   VB-LoRA's selected vectors and their weights alone, far smaller: to use and to merge
+  adapter-without-projections/   VeRA's scales alone, far smaller: the projections are drawn again
   base/           the base model, where it was trained here
   report.json     the numbers of the table
   loss.png        the losses, where matplotlib is installed
@@ -89,29 +90,32 @@ _FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "the adapter": {
-        "--method": {"choices": ["vblora"], "default": "vblora", "help": "default: %(default)s"},
+        "--method": {"choices": ["vblora", "vera"], "default": "vblora", "help": "default: %(default)s"},
         "--r": {
             "type": _int_from(1),
-            "default": 4,
             "metavar": "R",
-            "help": "rank of the update (default: %(default)s)",
+            "help": "rank of the update (default: 4 for vblora; 256 for vera, 64 for the small default model)",
         },
         "--num-vectors": {
             "type": _int_from(1),
             "metavar": "H",
-            "help": "vectors in the shared bank (default: 256; 64 for the small default model)",
+            "help": "vblora: vectors in the shared bank (default: 256; 64 for the small default model)",
         },
         "--vector-length": {
             "type": _int_from(1),
             "metavar": "B",
-            "help": "length of a vector; must divide the inputs and outputs of every targeted layer "
+            "help": "vblora: length of a vector; must divide the inputs and outputs of every targeted layer "
             "(default: the longest that does, at most 256)",
         },
         "--topk": {
             "type": _int_from(1),
-            "default": 2,
             "metavar": "K",
-            "help": "vectors mixed into each piece of the matrices, at most H (default: %(default)s)",
+            "help": "vblora: vectors mixed into each piece of the matrices, at most H (default: 2)",
+        },
+        "--projection-prng-key": {
+            "type": _int_from(0, 2**64 - 1),
+            "metavar": "KEY",
+            "help": "vera: what its two random matrices are drawn from (default: 0)",
         },
         "--target-modules": {
             "nargs": "+",
@@ -138,17 +142,24 @@ _FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--lr": {
             "type": _rate,
             "metavar": "LR",
-            "help": "one learning rate for bank and logits, where theirs is not given",
+            "help": "one learning rate for all parts of the adapter, where theirs is not given",
         },
         "--vector-bank-lr": {
             "type": _rate,
             "metavar": "LR",
-            "help": "learning rate of the vector bank (default: 1e-3, the paper's; 1e-2 for the small default model)",
+            "help": "vblora: learning rate of the vector bank (default: 1e-3, the paper's; 1e-2 for the small default "
+            "model)",
         },
         "--logits-lr": {
             "type": _rate,
             "metavar": "LR",
-            "help": "learning rate of the logits (default: 1e-2, the paper's; 1e-1 for the small default model)",
+            "help": "vblora: learning rate of the logits (default: 1e-2, the paper's; 1e-1 for the small default "
+            "model)",
+        },
+        "--lambda-lr": {
+            "type": _rate,
+            "metavar": "LR",
+            "help": "vera: learning rate of the scales (default: 4e-3, the paper's; 1e-1 for the small default model)",
         },
         "--seed": {
             # The generators' range: numpy's, which Trainer seeds too, is the narrowest.
@@ -176,7 +187,7 @@ _FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vblora-triton", description="VB-LoRA with fused Triton kernels.")
+    parser = _Parser(prog="vblora-triton", description="VB-LoRA and VeRA with fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=_Parser)
     finetune = commands.add_parser(

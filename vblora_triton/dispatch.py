@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vblora_triton import eager
 from vblora_triton.triton_ops import support
 
 BACKENDS = ("auto", "triton", "reference")
@@ -24,8 +25,8 @@ def use_backend(backend: str) -> Iterator[None]:
     It holds for the whole process: do not let contexts of several threads overlap.
 
     Args:
-        backend: "auto" (Triton where the tensors are on a GPU that it supports, the reference elsewhere), "triton" or
-            "reference".
+        backend: "auto" (Triton where the tensors are on a GPU that it supports, PyTorch elsewhere), "triton" or
+            "reference" (PyTorch as plain as can be, differentiable any number of times).
     Raises:
         ValueError: the name is none of these.
     """
@@ -56,7 +57,9 @@ def check_backend(backend: str) -> None:
 
 
 def choose(backend: str, sizes: support.Sizes, *tensors: Tensor | None) -> str:
-    """The backend that runs, "triton" or "reference"; told to run Triton, raise where it cannot.
+    """The backend that runs, "triton" or "reference", or "eager" where the choice is free and the reference would run.
+
+    Told to run Triton, raise where it cannot.
 
     Args:
         sizes: those that the kernels set a limit to.
@@ -66,8 +69,10 @@ def choose(backend: str, sizes: support.Sizes, *tensors: Tensor | None) -> str:
     if backend == "auto":
         backend = _default_backend
     given = [tensor for tensor in tensors if tensor is not None]
-    if backend == "reference" or (backend == "auto" and given[0].device.type != "cuda"):
+    if backend == "reference":
         return "reference"
+    if backend == "auto" and given[0].device.type != "cuda":
+        return "eager" if eager.fits(*given) else "reference"
     problem = support.unfit(sizes, *given)
     if problem is None:
         return "triton"

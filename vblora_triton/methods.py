@@ -7,8 +7,9 @@ from typing import Any
 from vblora_triton.tuner.config import PeftConfig, PeftType
 from vblora_triton.tuner.model import BaseTuner
 from vblora_triton.vblora.model import VBLoRAModel
+from vblora_triton.vera.model import VeraModel
 
-TUNERS: dict[PeftType, type[BaseTuner]] = {PeftType.VBLORA: VBLoRAModel}
+TUNERS: dict[PeftType, type[BaseTuner]] = {PeftType.VBLORA: VBLoRAModel, PeftType.VERA: VeraModel}
 
 
 def tuner_class(config: Any) -> type[BaseTuner]:

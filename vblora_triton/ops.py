@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vblora_triton import reference
+from vblora_triton import eager, reference
 from vblora_triton.checks import (
     check_bank,
     check_in_place,
     check_linear,
+    check_projected,
     check_projection,
     check_selected,
     check_tensors,
@@ -62,7 +63,7 @@ def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "a
             f"`logits` has shape {tuple(logits.shape)}; its last dimension must be the {vector_bank.shape[0]} vectors "
             f"of `vector_bank` {tuple(vector_bank.shape)}."
         )
-    if choose(backend, vblora_sizes(1, topk, *vector_bank.shape), logits, vector_bank) == "reference":
+    if choose(backend, vblora_sizes(1, topk, *vector_bank.shape), logits, vector_bank) != "triton":
         return reference.compose(logits, vector_bank, topk)
     return torch.ops.vblora_triton.compose(logits, vector_bank, topk)
 
@@ -108,8 +109,11 @@ def vblora_linear(
     check_topk(topk, vector_bank.shape[0])
     p = dropout_in_force(dropout_p, training)
     sizes = vblora_sizes(logits_A.shape[0], topk, *vector_bank.shape)
-    if choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out) == "reference":
+    chosen = choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out)
+    if chosen != "triton":
         with no_autocast(x.device.type):
+            if chosen == "eager" and p == 0:
+                return eager.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk)
             return reference.vblora_linear(
                 x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training
             )
@@ -146,8 +150,11 @@ def vblora_linear_(
             x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training, backend=backend
         )
     sizes = vblora_sizes(logits_A.shape[0], topk, *vector_bank.shape)
-    if choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out) == "reference":
+    chosen = choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out)
+    if chosen != "triton":
         with no_autocast(x.device.type):
+            if chosen == "eager" and p == 0:
+                return eager.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk, in_place=True)
             # In the wide dtype, so that there is one rounding: that of the sum.
             x = x.to(torch.promote_types(x.dtype, vector_bank.dtype))
             update = reference.vblora_linear(
@@ -235,7 +242,7 @@ def vblora_linear_selected(
     check_topk(topk, vector_bank.shape[0])
     p = dropout_in_force(dropout_p, training)
     selection = (indices_A, weights_A, indices_B, weights_B)
-    if choose(backend, vblora_sizes(r, topk, *vector_bank.shape), x, vector_bank, base_out) == "reference":
+    if choose(backend, vblora_sizes(r, topk, *vector_bank.shape), x, vector_bank, base_out) != "triton":
         with no_autocast(x.device.type):
             return reference.vblora_linear_selected(
                 x, base_out, *selection, vector_bank, dropout_p=p, training=training
@@ -255,11 +262,9 @@ class Projection(NamedTuple):
 
 
 def vera_project(x: Tensor, A: Tensor, base_out: Tensor | None = None, *, backend: str = "auto") -> Projection | None:
-    """Project once what several calls of `vera_linear` read, without dropout.
+    """Project once what several calls of `vera_linear` read, without dropout: values * scale = x A[:, :in]^T.
 
-    values * scale = x A[:, :in]^T
-
-    Not differentiable, and no gradient goes missing: `vera_linear` computes that of x from dy alone.
+    Not differentiable; no gradient goes missing, for `vera_linear` computes that of x from dy.
 
     Args:
         x: (*batch, in), floating.
@@ -267,16 +272,13 @@ def vera_project(x: Tensor, A: Tensor, base_out: Tensor | None = None, *, backen
         base_out: of one of the calls; its dtype says how exact the results can be.
         backend: "auto", "triton" or "reference"; see `use_backend`.
     Returns:
-        The projection, or None where the reference computes, which has no use for it.
+        The projection, or None where PyTorch computes, which has no use for it.
     Raises:
         ValueError, TypeError: as `vera_linear`.
     """
     check_tensors(x=x, base_out=base_out, A=A)
-    if x.dim() == 0 or A.dim() != 2 or A.shape[1] < x.shape[-1]:
-        raise ValueError(
-            f"`A` has shape {tuple(A.shape)}; with x {tuple(x.shape)} it must be (r, at least the last size of x)."
-        )
-    if choose(backend, vera_sizes(A.shape[0]), x, A, base_out) == "reference":
+    check_projected(x, A)
+    if choose(backend, vera_sizes(A.shape[0]), x, A, base_out) != "triton":
         return None
     return _project(x, A, base_out, 0.0, None)
 
@@ -326,9 +328,12 @@ def vera_linear(
             one of x or dropout is in force beside it, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    if _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend) == "reference":
+    chosen = _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend)
+    if chosen != "triton":
         p = dropout_in_force(dropout_p, training)
         with no_autocast(x.device.type):
+            if chosen == "eager" and p == 0:
+                return eager.vera_linear(x, base_out, lambda_b, lambda_d, A, B)
             return reference.vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
     given = _projected(x, A, base_out, dropout_p, training, projection)
     return torch.ops.vblora_triton.vera_linear(x, base_out, lambda_b, lambda_d, A, B, *given)
@@ -349,8 +354,7 @@ def vera_linear_(
 ) -> Tensor:
     """`vera_linear`, written into `base_out`, which is returned: no second tensor of the size of the output.
 
-    For a `base_out` that nobody else needs: a plain linear's backward does not, an activation's does. Under
-    torch.compile it is `vera_linear`, and the compiler sees to the memory.
+    For a `base_out` that nobody else needs; see `vblora_linear_`.
 
     Raises:
         ValueError: as `vera_linear`; or `base_out` is not contiguous, or shares memory with x.
@@ -360,9 +364,11 @@ def vera_linear_(
     if torch.compiler.is_compiling():
         options = {"dropout_p": dropout_p, "training": training, "backend": backend, "projection": projection}
         return vera_linear(x, base_out, lambda_b, lambda_d, A, B, **options)  # type: ignore[arg-type]
-    if chosen == "reference":
+    if chosen != "triton":
         p = dropout_in_force(dropout_p, training)
         with no_autocast(x.device.type):
+            if chosen == "eager" and p == 0:
+                return eager.vera_linear(x, base_out, lambda_b, lambda_d, A, B, in_place=True)
             # In the wide dtype, so that there is one rounding: that of the sum.
             x = x.to(torch.promote_types(x.dtype, lambda_d.dtype))
             update = reference.vera_linear(x, None, lambda_b, lambda_d, A, B, dropout_p=p, training=training)

@@ -177,12 +177,13 @@ class PeftModel(SeenAsPefts, nn.Module):
             NotImplementedError: `adapter_names` is given; batches of several adapters are not supported yet.
         """
         _refuse_mixed_batch(kwargs)
-        return self.get_base_model()(*args, **kwargs)
+        return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapted model; see transformers' `generate`, and `forward` for what is refused."""
         _refuse_mixed_batch(kwargs)
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        with self.base_model.running():
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -249,7 +250,7 @@ class PeftModel(SeenAsPefts, nn.Module):
             config = PeftConfig.from_pretrained(folder)
             expected = tuner.file_shapes(tuner.plan(config, tuner.model, self.task_heads))
         else:
-            config = self.peft_config[adapter_name]
+            config = checkpoint.refill_config(self.peft_config[adapter_name], folder)
             expected = tuner.full_shapes(adapter_name)
         tensors, inference_only = checkpoint.check_adapter(type(tuner), config, expected, folder)
         checkpoint.check_trainable(is_trainable, inference_only, folder)

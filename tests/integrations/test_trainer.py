@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
 
 from tests.models import VOCABULARY, enlarge, outputs, tiny_bert, tiny_llama
-from vblora_triton import AdapterFileError, PeftModel, VBLoRAConfig, get_peft_model, parameter_groups
+from vblora_triton import AdapterFileError, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model, parameter_groups
 from vblora_triton.checkpoint import adapter_state_dict
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +23,18 @@ WEIGHTS = "adapter_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
-def adapted(**changes) -> PeftModel:
+def adapted(method: str = "vblora", dropout: float = 0.0, **changes) -> PeftModel:
     torch.manual_seed(3)
-    fields = {"target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_LM"} | FIELDS | changes
-    return get_peft_model(tiny_llama(), VBLoRAConfig(**fields))
+    fields = {
+        "target_modules": ["v_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        f"{method}_dropout": dropout,
+    } | changes
+    config = VeraConfig(r=16, **fields) if method == "vera" else VBLoRAConfig(**FIELDS | fields)
+    return get_peft_model(tiny_llama(), config)
+
+
+BOTH = pytest.mark.parametrize("method", ["vblora", "vera"])
 
 
 def rows(count: int = 16, first: int = 0) -> list[dict]:
@@ -54,7 +62,7 @@ def trainer(model, folder, evaluated: list | None = None, **changes) -> Trainer:
 
 
 def adapter_values(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "vblora_" in name}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "vblora_" in name or "vera_" in name}
 
 
 def assert_same_values(one: dict, other: dict, **tolerance) -> None:
@@ -67,8 +75,9 @@ def losses(run: Trainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-def test_checkpoints_hold_the_adapter_and_not_the_model(tmp_path):
-    run = trainer(adapted(), tmp_path, save_strategy="steps", save_steps=2)
+@BOTH
+def test_checkpoints_hold_the_adapter_and_not_the_model(method, tmp_path):
+    run = trainer(adapted(method), tmp_path, save_strategy="steps", save_steps=2)
     run.train()
     assert losses(run)[-1] < losses(run)[0]
     for step in (2, 4):
@@ -79,11 +88,12 @@ def test_checkpoints_hold_the_adapter_and_not_the_model(tmp_path):
     assert torch.equal(outputs(PeftModel.from_pretrained(tiny_llama(), tmp_path / "end")), outputs(run.model.eval()))
 
 
+@BOTH
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_resumed_training_ends_where_an_uninterrupted_one_does(dropout, tmp_path):
-    whole = trainer(adapted(vblora_dropout=dropout), tmp_path / "whole", save_strategy="steps", save_steps=2)
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(dropout, method, tmp_path):
+    whole = trainer(adapted(method, dropout), tmp_path / "whole", save_strategy="steps", save_steps=2)
     whole.train()
-    again = trainer(adapted(vblora_dropout=dropout), tmp_path / "again")
+    again = trainer(adapted(method, dropout), tmp_path / "again")
     enlarge(again.model, seed=9)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert again.state.global_step == 4
@@ -169,12 +179,13 @@ def checkpointing(use_reentrant: bool) -> dict:
     }
 
 
+@BOTH
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_changes_nothing_of_what_is_learnt(use_reentrant, dropout, tmp_path):
-    plain = trainer(adapted(vblora_dropout=dropout), tmp_path)
+def test_checkpointing_changes_nothing_of_what_is_learnt(use_reentrant, dropout, method, tmp_path):
+    plain = trainer(adapted(method, dropout), tmp_path)
     plain.train()
-    run = trainer(adapted(vblora_dropout=dropout), tmp_path, **checkpointing(use_reentrant))
+    run = trainer(adapted(method, dropout), tmp_path, **checkpointing(use_reentrant))
     run.train()
     assert any(getattr(module, "gradient_checkpointing", False) for module in run.model.modules())
     # Each block adds its part to the bank's gradient on its own with the first kind, and that rounds otherwise.
@@ -191,8 +202,9 @@ def test_accumulated_batches_learn_what_a_large_one_does(tmp_path):
     assert_same_values(adapter_values(run.model), adapter_values(large.model), atol=1e-3, rtol=1e-3)
 
 
-def test_bf16_trains_parameters_in_float32(tmp_path):
-    run = trainer(adapted(), tmp_path, bf16=True)
+@BOTH
+def test_bf16_trains_parameters_in_float32(method, tmp_path):
+    run = trainer(adapted(method), tmp_path, bf16=True)
     run.train()
     assert losses(run)[-1] < losses(run)[0]
     assert {p.dtype for p in adapter_values(run.model).values()} == {torch.float32}

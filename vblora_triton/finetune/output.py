@@ -12,14 +12,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vblora_triton.finetune.data import InputError
+from vblora_triton.finetune.method import METHODS
 
 FULL = "adapter"
-TOPK = "adapter-topk"
 BASE = "base"
 REPORT = "report.json"
 PLOT = "loss.png"
 # The report comes last, so that a folder with a report is a complete one.
-RESULTS = (BASE, FULL, TOPK, PLOT, REPORT)
+RESULTS = (BASE, FULL, *(method.folder for method in METHODS.values()), PLOT, REPORT)
 
 
 def check_output(output: Path) -> None:

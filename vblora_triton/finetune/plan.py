@@ -5,23 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from vblora_triton import ops
 from vblora_triton.finetune.base import PRETRAINING_STEPS, Base, as_input_error, check_fits, embedded_base, named_base
 from vblora_triton.finetune.data import InputError, Sequences, python_source, read_texts, split
+from vblora_triton.finetune.method import METHODS, Method
 from vblora_triton.finetune.output import check_output
 from vblora_triton.peft_model import get_peft_model
-from vblora_triton.vblora.config import VBLoRAConfig
-
-# What an option is when it is not given: for a model of the user's (the paper's rates), and for the small embedded one,
-# whose bank would outweigh its logits, and whose loss falls by 17 % in 250 steps with these rates, 8 % with those.
-NAMED = {"num_vectors": 256, "vector_bank_lr": 1e-3, "logits_lr": 1e-2}
-EMBEDDED = {"num_vectors": 64, "vector_bank_lr": 1e-2, "logits_lr": 1e-1}
 
 # A vector_length that is chosen for the user. A short one makes as many logits as a layer has weights.
 LONGEST, SHORTEST = 256, 16
@@ -35,10 +30,11 @@ class Options:
     model: str | None = None
     data: tuple[str, ...] = ()
     method: str = "vblora"
-    r: int = 4
+    r: int | None = None
     num_vectors: int | None = None
     vector_length: int | None = None
-    topk: int = 2
+    topk: int | None = None
+    projection_prng_key: int | None = None
     target_modules: str | tuple[str, ...] = "all-linear"
     steps: int = 250
     pretraining_steps: int = PRETRAINING_STEPS
@@ -47,6 +43,7 @@ class Options:
     lr: float | None = None
     vector_bank_lr: float | None = None
     logits_lr: float | None = None
+    lambda_lr: float | None = None
     seed: int = 0
     backend: str = "auto"
     dtype: str | None = None
@@ -56,16 +53,17 @@ class Options:
 class Plan:
     """A run whose every input has been checked.
 
+    rates: of the adapter's parts, by the names that `parameter_groups` has.
     layers: name -> (in_features, out_features) of the layers to adapt.
     """
 
     options: Options
+    method: Method
     output: Path
     base: Base
     sequences: Sequences
-    config: VBLoRAConfig
-    vector_bank_lr: float
-    logits_lr: float
+    config: Any
+    rates: dict[str, float]
     layers: dict[str, tuple[int, int]]
     device: torch.device
     dtype: torch.dtype
@@ -78,13 +76,14 @@ def check(options: Options) -> Plan:
     Raises:
         InputError: the first thing found; it names the option and a way out.
     """
-    targets, defaults = options.target_modules, EMBEDDED if options.model is None else NAMED
+    method, chosen = METHODS[options.method], _chosen(options)
+    targets = options.target_modules
     with as_input_error(""):
-        config = VBLoRAConfig(
-            r=options.r,
-            num_vectors=options.num_vectors or int(defaults["num_vectors"]),
-            vector_length=options.vector_length or 1,
-            topk=options.topk,
+        config: Any = method.config_class(
+            # A vector_length that any layer takes, until the layers are known.
+            **{
+                name: int(chosen[name]) or 1 if name == "vector_length" else int(chosen[name]) for name in method.fields
+            },
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )
@@ -93,23 +92,23 @@ def check(options: Options) -> Plan:
     check_output(output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _check_dtype(options, device)
-    backend = _check_backend(options.backend, config, device, dtype)
+    backend = _check_backend(options.backend, method, config, device, dtype)
     base = embedded_base() if options.model is None else named_base(options.model)
     tokens = base.encode(texts)
     sequences = split(tokens, options.seq_len, "--data" if options.data else "The default text")
     check_fits(base, tokens, options.seq_len)
     with as_input_error(""):
         layers = _layers_to_adapt(base, config)
-    if options.vector_length is None:
+    if options.vector_length is None and "vector_length" in chosen:
         config = replace(config, vector_length=_longest_vector(layers))
     return Plan(
         options,
+        method,
         output,
         base,
         sequences,
         config,
-        vector_bank_lr=options.vector_bank_lr or options.lr or defaults["vector_bank_lr"],
-        logits_lr=options.logits_lr or options.lr or defaults["logits_lr"],
+        rates={name: chosen[name] for name in method.rates},
         layers=layers,
         device=device,
         dtype=dtype,
@@ -117,16 +116,35 @@ def check(options: Options) -> Plan:
     )
 
 
-def _layers_to_adapt(base: Base, config: VBLoRAConfig) -> dict[str, tuple[int, int]]:
+def _chosen(options: Options) -> dict[str, float]:
+    """Return the method's options, with its defaults for those that were not given.
+
+    Raises:
+        InputError: an option of another method was given.
+    """
+    method = METHODS[options.method]
+    defaults = {**method.fields, **method.rates}
+    for name, other in METHODS.items():
+        stray = [option for option in (*other.fields, *other.rates) if option not in defaults]
+        given = [f"--{option.replace('_', '-')}" for option in stray if getattr(options, option) is not None]
+        if given:
+            raise InputError(
+                f"{given[0]} is an option of {other.title}, but --method is {options.method}; leave it out, or give "
+                f"--method {name}."
+            )
+    if options.model is None:
+        defaults.update(method.embedded)
+    if options.lr is not None:
+        defaults.update(dict.fromkeys(method.rates, options.lr))
+    given_values = {name: getattr(options, name) for name in defaults}
+    return {name: default if given_values[name] is None else given_values[name] for name, default in defaults.items()}
+
+
+def _layers_to_adapt(base: Base, config: Any) -> dict[str, tuple[int, int]]:
     """Adapt the model without its weights, which checks targets and sizes, and return the layers' sizes."""
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(base.config), config)
-    prefix = "base_model.model."
-    return {
-        name.removeprefix(prefix): (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if hasattr(module, "vblora_logits_A")
-    }
+    return {name: (layer.in_features, layer.out_features) for name, layer in model.base_model.layers()}
 
 
 def _longest_vector(layers: dict[str, tuple[int, int]]) -> int:
@@ -150,13 +168,10 @@ class _Watched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check_backend(backend: str, config: VBLoRAConfig, device: torch.device, dtype: torch.dtype) -> str:
+def _check_backend(backend: str, method: Method, config: Any, device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend that will run, "triton" or "reference", having made it run on a layer of 16 x 16."""
-    x = torch.ones(1, 16, device=device, dtype=dtype)
-    logits_A, logits_B = torch.ones(2, config.r, config.num_vectors, device=device).unsqueeze(2).unbind()
-    bank = torch.ones(config.num_vectors, 16, device=device)
     with as_input_error("--"), torch.no_grad(), _Watched() as watched:
-        ops.vblora_linear(x, None, logits_A, logits_B.transpose(0, 1), bank, config.topk, backend=backend)
+        method.probe(torch.ones(1, 16, device=device, dtype=dtype), config, backend)
     return "triton" if watched.kernel_ran else "reference"
 
 

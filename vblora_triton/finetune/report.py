@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vblora_triton.finetune.method import METHODS
+
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -29,8 +31,8 @@ _SAFETENSORS_DTYPES = {
 class Report:
     """What a run measured.
 
-    bytes: of the weight files: "base", "full", "topk", "lora".
-    max_abs_diff: of logits from the trained model's: "reloaded_full", "reloaded_topk", "merged".
+    bytes: of the weight files: "base", "full", the method's small form ("topk", "without_projections"), "lora".
+    max_abs_diff: of logits from the trained model's: "reloaded_full", "reloaded_" and the small form, "merged".
     seconds: that adapting took.
     """
 
@@ -86,17 +88,18 @@ def model_bytes(model: nn.Module) -> int:
     return safetensors_bytes({name: (tensor.dtype, tensor.shape) for name, tensor in unique.values()})
 
 
-def table(report: Report, title: str, *, held_out_tokens: int, r: int, step_ms: Mapping[str, float]) -> str:
+def table(report: Report, title: str, *, held_out_tokens: int, lora_r: int, step_ms: Mapping[str, float]) -> str:
     """Lay a report out for the terminal.
 
     Args:
         title: names the base model.
         held_out_tokens: that the losses are means over.
-        r: rank of the adapter.
+        lora_r: rank of the LoRA adapter that the sizes are compared with.
         step_ms: backend -> milliseconds of a training step, where they were measured.
     """
     change = 100 * (report.loss_after / report.loss_before - 1)
-    base = report.bytes["base"]
+    base, method = report.bytes["base"], METHODS[report.method]
+    full, small = method.forms
 
     def size(label: str, key: str) -> tuple[str, str]:
         return label, f"{report.bytes[key]:,} ({100 * report.bytes[key] / base:.3g} % of the base)"
@@ -117,16 +120,16 @@ def table(report: Report, title: str, *, held_out_tokens: int, r: int, step_ms: 
             "Size of the weights on disk (bytes)",
             [
                 ("base model", f"{base:,}"),
-                size(f"LoRA, r={r}, same layers (computed)", "lora"),
-                size("VB-LoRA adapter, full logits", "full"),
-                size("VB-LoRA adapter, top-k only", "topk"),
+                size(f"LoRA, r={lora_r}, same layers (computed)", "lora"),
+                size(f"{method.title} adapter, {full}", "full"),
+                size(f"{method.title} adapter, {small}", method.small),
             ],
         ),
         (
             "Largest absolute difference of logits from the trained model's",
             [
                 difference("reloaded from the full file", "reloaded_full"),
-                difference("reloaded from the top-k file", "reloaded_topk"),
+                difference(f"reloaded from the {method.small_file}", f"reloaded_{method.small}"),
                 difference("merged into the base", "merged"),
             ],
         ),
@@ -141,7 +144,7 @@ def table(report: Report, title: str, *, held_out_tokens: int, r: int, step_ms: 
         ),
     ]
     width = max(len(label) for _, rows in sections for label, _ in rows)
-    lines = [f"VB-LoRA on {title}"]
+    lines = [f"{method.title} on {title}"]
     for heading, rows in sections:
         lines += ["", heading, *(f"  {label:<{width}}  {value}" for label, value in rows)]
     return "\n".join(lines)
@@ -157,7 +160,7 @@ def plot(path: Path, losses: Sequence[tuple[int, float]], report: Report) -> boo
     axes = figure.add_subplot()
     axes.plot(*zip(*losses, strict=True), label="training")
     axes.plot([0, report.steps], [report.loss_before, report.loss_after], "o", label="held out, before and after")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="VB-LoRA")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=METHODS[report.method].title)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

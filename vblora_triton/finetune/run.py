@@ -52,7 +52,9 @@ def finetune(options: Options) -> None:
     """
     with bases.quiet():
         plan = check(options)
-    print(f"VB-LoRA on {plan.base.title}: {len(plan.layers)} layers, backend {plan.backend} on {plan.device}.")
+    print(
+        f"{plan.method.title} on {plan.base.title}: {len(plan.layers)} layers, backend {plan.backend} on {plan.device}."
+    )
     with tempfile.TemporaryDirectory() as scratch, use_backend(options.backend):
         source = plan.base.source or str(Path(scratch) / outputs.BASE)
         if plan.base.source is None:
@@ -82,7 +84,9 @@ def finetune(options: Options) -> None:
                 ) from None
     tokens = plan.sequences.held_out[:, 1:].numel()
     print()
-    print(reports.table(report, plan.base.title, held_out_tokens=tokens, r=options.r, step_ms=adapted.step_ms))
+    print(
+        reports.table(report, plan.base.title, held_out_tokens=tokens, lora_r=_lora_rank(plan), step_ms=adapted.step_ms)
+    )
     written = ", ".join(name for name in outputs.RESULTS if (plan.output / name).exists())
     print(f"\nWritten to {plan.output}: {written}")
 
@@ -104,7 +108,7 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
     losses = train(
         adapted,
         plan.sequences.train,
-        parameter_groups(adapted, vector_bank_lr=plan.vector_bank_lr, logits_lr=plan.logits_lr),
+        parameter_groups(adapted, **plan.rates),
         steps=options.steps,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -115,9 +119,10 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
     seconds = time.perf_counter() - start
     after = held_out_loss(adapted, held_out, options.batch_size)
     if not math.isfinite(after):
+        rates = " and ".join(f"--{name.replace('_', '-')} ({rate:g})" for name, rate in plan.rates.items())
         raise InputError(
             f"Training diverged: the held-out loss went from {before:.4f} to {after}. Nothing was written; lower "
-            f"--vector-bank-lr ({plan.vector_bank_lr:g}) and --logits-lr ({plan.logits_lr:g})."
+            f"{rates}."
         )
     return Adapted(adapted, base_bytes, before, after, losses, seconds, _step_times(plan, adapted))
 
@@ -137,9 +142,9 @@ def _write(plan: Plan, adapted: Adapted, source: str) -> reports.Report:
     with outputs.all_or_nothing(plan.output) as folder:
         _save(plan, model, folder, source)
         sizes = {"base": adapted.base_bytes}
-        for key, name in (("full", outputs.FULL), ("topk", outputs.TOPK)):
+        for key, name in (("full", outputs.FULL), (plan.method.small, plan.method.folder)):
             sizes[key] = (folder / name / "adapter_model.safetensors").stat().st_size
-        sizes["lora"] = reports.lora_bytes(plan.layers, plan.options.r)
+        sizes["lora"] = reports.lora_bytes(plan.layers, _lora_rank(plan))
         report = reports.Report(
             method=plan.options.method,
             backend=plan.backend,
@@ -156,6 +161,10 @@ def _write(plan: Plan, adapted: Adapted, source: str) -> reports.Report:
     return report
 
 
+def _lora_rank(plan: Plan) -> int:
+    return plan.method.lora_r or plan.config.r
+
+
 def _save(plan: Plan, model: PeftModel, folder: Path, source: str) -> None:
     config = model.peft_config["default"]
     if plan.base.source is None:
@@ -163,10 +172,11 @@ def _save(plan: Plan, model: PeftModel, folder: Path, source: str) -> None:
         shutil.copytree(source, folder / outputs.BASE, copy_function=shutil.copyfile)
         # Where the copy will be found when the folder is in its place.
         config.base_model_name_or_path = str((plan.output / outputs.BASE).absolute())
-    for only_topk, name in ((False, outputs.FULL), (True, outputs.TOPK)):
-        config.save_only_topk_weights = only_topk
+    field, full, small = plan.method.form
+    # The full form last, as which the model is trained.
+    for form, name in ((small, plan.method.folder), (full, outputs.FULL)):
+        setattr(config, field, form)
         model.save_pretrained(str(folder / name))
-    config.save_only_topk_weights = False
 
 
 def _differences(plan: Plan, model: PeftModel, folder: Path, source: str) -> dict[str, float]:
@@ -188,6 +198,6 @@ def _differences(plan: Plan, model: PeftModel, folder: Path, source: str) -> dic
 
     return {
         "reloaded_full": largest(reloaded(outputs.FULL)),
-        "reloaded_topk": largest(reloaded(outputs.TOPK)),
+        f"reloaded_{plan.method.small}": largest(reloaded(plan.method.folder)),
         "merged": largest(merged),
     }

@@ -52,7 +52,7 @@ def below_autograd() -> Any:
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """Decorate the backward of an autograd.Function whose own derivative the kernels do not compute."""
+    """Decorate the backward of an autograd.Function that has no derivative of its own."""
 
     @wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> Any:
@@ -60,7 +60,7 @@ def first_derivative_only(backward: Callable) -> Callable:
             isinstance(g, Tensor) and g.requires_grad for g in (*grads, *ctx.saved_tensors)
         ):
             raise RuntimeError(
-                "The Triton kernels cannot be differentiated twice, which create_graph=True asks for; "
+                "This backend cannot be differentiated twice, which create_graph=True asks for; "
                 "use backend='reference'."
             )
         with torch.no_grad():

@@ -13,12 +13,16 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 CONFIG_NAME = "adapter_config.json"
+
+# Whether a configuration is being read, and not chosen by somebody to whom advice would be of use.
+_READING: ContextVar[bool] = ContextVar("_READING", default=False)
 
 _Config = TypeVar("_Config", bound="PeftConfig")
 
@@ -84,6 +88,12 @@ def check_float(name: str, value: Any, low: float, high: float, wanted: str) -> 
         raise ValueError(f"`{name}` is {value}; give {wanted}.")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); give True or False.")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
@@ -111,6 +121,19 @@ def name_set(name: str, value: Any) -> set[str] | str | None:
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
         return set(value)
     raise TypeError(f"`{name}` is {value!r}; give a list of module names or one regular expression.")
+
+
+def name_list(name: str, value: Any) -> list[str] | None:
+    """Return a list of module names, each once, in the order given; leave None alone.
+
+    Raises:
+        TypeError: neither names nor None.
+    """
+    if value is None:
+        return None
+    if isinstance(name_set(name, value), str):
+        raise TypeError(f"`{name}` is {value!r}; give a list of module names.")
+    return list(dict.fromkeys(value))
 
 
 def check_layers(layers_to_transform: Any, layers_pattern: Any, target_modules: Any) -> None:
@@ -169,6 +192,11 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    # Fields that say how the adapter's file is to be read; those of the file count, also where an adapter is refilled.
+    file_fields: ClassVar[tuple[str, ...]] = ()
+    # Fields that PEFT's class does not have; None is not written, so that PEFT reads the file without a warning.
+    own_fields: ClassVar[tuple[str, ...]] = ()
+
     _peft_type: ClassVar[PeftType | None] = None
     _classes: ClassVar[dict[str, type[PeftConfig]]] = {}
 
@@ -189,9 +217,14 @@ class PeftConfig:
             check_choice("task_type", self.task_type, tuple(task.value for task in TaskType))
             self.task_type = TaskType(self.task_type)
         self.check()
+        if not _READING.get():
+            self.advise()
 
     def check(self) -> None:
         """Check every field; called when the configuration is made, and again before it is put on a model."""
+
+    def advise(self) -> None:
+        """Warn of fields that can be, but have a catch; called when somebody makes the configuration."""
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -208,12 +241,13 @@ class PeftConfig:
         return asdict(self)
 
     def to_json(self, **replaced: Any) -> str:
-        """Write every field as the text of adapter_config.json: sorted, indent 2, sets as sorted lists.
+        """Write the fields as the text of adapter_config.json: sorted, indent 2, sets as sorted lists.
 
         Args:
             replaced: fields to write otherwise than they are, for instance `inference_mode=True`.
         """
         values = {**self.to_dict(), **replaced}
+        values = {key: value for key, value in values.items() if value is not None or key not in self.own_fields}
         plain = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in values.items()}
         return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
@@ -266,7 +300,11 @@ class PeftConfig:
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
             warnings.warn(f"{config_class.__name__} does not know {', '.join(unknown)}; dropped.", stacklevel=2)
-        return config_class(**{key: value for key, value in values.items() if key in known})
+        token = _READING.set(True)
+        try:
+            return config_class(**{key: value for key, value in values.items() if key in known})
+        finally:
+            _READING.reset(token)
 
     @classmethod
     def from_json_file(cls: type[_Config], path: str | os.PathLike) -> _Config:

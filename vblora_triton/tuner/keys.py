@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
 
@@ -33,6 +33,16 @@ def adapter_keys(tuner: Any, adapter_name: str) -> dict[str, str]:
     for name in tuner.trained_biases[adapter_name]:
         keys[f"base_model.model.{name}"] = f"base_model.model.{live_bias_name(tuner.model, name)}"
     return keys
+
+
+def buffers_outside(tuner: Any) -> dict[str, Tensor]:
+    """Return key -> buffer of those that no state dict of the PeftModel holds, though an adapter may need them."""
+    return {
+        f"base_model.{name}.{key}": module._buffers[key]
+        for name, module in tuner.named_modules()
+        for key in module._non_persistent_buffers_set
+        if module._buffers.get(key) is not None
+    }
 
 
 def live_bias_name(model: nn.Module, name: str) -> str:

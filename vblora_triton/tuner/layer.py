@@ -62,6 +62,25 @@ class BaseTunerLayer:
     merged_adapters: list[str]
     _disable_adapters: bool
     _active_adapter: str | list[str]
+    r: dict[str, int]
+    in_features: int
+    out_features: int
+    backend: str
+
+    def _wrap(self, base_layer: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Take a linear layer as `base_layer`, with no adapter yet; TypeError if it is none."""
+        sizes = linear_features(base_layer)
+        if sizes is None:
+            raise TypeError(
+                f"`base_layer` is a {type(base_layer).__name__}; give an nn.Linear or a Conv1D of transformers."
+            )
+        self.in_features, self.out_features = sizes
+        self.base_layer = base_layer
+        self.merged_adapters = []
+        self.backend = "auto"
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.kwargs = kwargs
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer that the adapters were put on."""

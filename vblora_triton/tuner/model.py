@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vblora_triton.tuner.config import PeftConfig
-from vblora_triton.tuner.keys import adapter_keys, live_bias_name
+from vblora_triton.tuner.keys import adapter_keys, buffers_outside, live_bias_name
 from vblora_triton.tuner.layer import MergingLayer, ModulesToSaveWrapper, as_names, check_adapter_name
 from vblora_triton.tuner.merging import merge_layers, unload_model, unmerge_layers
-from vblora_triton.tuner.plan import InjectionPlan, has_adapters, make_plan
+from vblora_triton.tuner.plan import InjectionPlan, check_plain, make_plan
+from vblora_triton.tuner.savable import SavableCounts
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(SavableCounts, nn.Module):
     """A model with adapters on it, kept as `model` and changed in place.
 
-    A subclass sets the class attributes and says what one adapter is made of: `_pre_injection_hook`,
-    `_create_and_replace`, `check_plan`, `adapter_shapes`, `pack` and `unpack`.
+    A subclass sets the class attributes and says what one adapter is made of.
 
     Args:
         model: the model to adapt.
@@ -47,13 +47,7 @@ class BaseTuner(nn.Module):
         autocast_adapter_dtype: bool = True,
         heads: Sequence[str] = (),
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` is of type {type(model).__name__}; give a torch.nn.Module.")
-        if has_adapters(model):
-            raise ValueError(
-                "`model` carries adapters already; add another with add_adapter() of the model that put "
-                "them on, or take them off with unload() or merge_and_unload() first."
-            )
+        check_plain(model)
         super().__init__()
         self.model = model
         self.peft_config: dict[str, Any] = {}
@@ -97,8 +91,9 @@ class BaseTuner(nn.Module):
             return f"dtype {tensor.dtype}, a floating one is needed" if cls.prefix in key else None
         return None if torch.isfinite(tensor).all() else "values that are not finite"
 
-    def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-        """Give the adapter the parameters, or other tensors, that these are to fill."""
+    def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> set[str]:
+        """Give the adapter the parameters that these are to fill; return the keys that are seen to already."""
+        return set()
 
     def full_shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
         """Return file key -> shape of an adapter that is on the model, in its full form."""
@@ -373,7 +368,7 @@ class BaseTuner(nn.Module):
 
     def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """Return file key -> live tensor of everything that belongs to an adapter."""
-        state = self.state_dict(prefix="base_model.")
+        state = buffers_outside(self) | self.state_dict(prefix="base_model.")
         return {key: state[live] for key, live in adapter_keys(self, adapter_name).items()}
 
     def _bias(self, name: str) -> nn.Parameter:
@@ -387,7 +382,12 @@ class BaseTuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        return self.model(*args, **kwargs)
+        with self.running():
+            return self.model(*args, **kwargs)
+
+    def running(self) -> AbstractContextManager[Any]:
+        """Return a context for a call of the model, in which a method's layers may share what they compute."""
+        return nullcontext()
 
     def __getattr__(self, name: str) -> Any:
         """Look further in the model."""

@@ -125,3 +125,14 @@ def is_saved_part(name: str, saved: dict[str, nn.Module]) -> bool:
 def has_adapters(model: nn.Module) -> bool:
     """Say whether any module of the model is an adapted or a wrapped one."""
     return any(isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules())
+
+
+def check_plain(model: Any) -> None:
+    """Raise TypeError unless `model` is a module, ValueError if it carries adapters."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is of type {type(model).__name__}; give a torch.nn.Module.")
+    if has_adapters(model):
+        raise ValueError(
+            "`model` carries adapters already; add another with add_adapter() of the model that put them on, or take "
+            "them off with unload() or merge_and_unload() first."
+        )

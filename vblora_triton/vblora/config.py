@@ -13,6 +13,7 @@ from vblora_triton.tuner.config import (
     check_float,
     check_int,
     check_layers,
+    name_list,
     name_set,
 )
 
@@ -89,9 +90,5 @@ class VBLoRAConfig(PeftConfig):
         check_choice("bias", self.bias, ("none", "all", "vblora_only"))
         self.target_modules = name_set("target_modules", self.target_modules)
         self.exclude_modules = name_set("exclude_modules", self.exclude_modules)
-        saved = name_set("modules_to_save", self.modules_to_save)
-        if isinstance(saved, str):
-            raise TypeError(f"`modules_to_save` is {saved!r}; give a list of module names.")
-        # Each name once, in the order given.
-        self.modules_to_save = list(dict.fromkeys(self.modules_to_save)) if self.modules_to_save is not None else None
+        self.modules_to_save = name_list("modules_to_save", self.modules_to_save)
         check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from vblora_triton import ops
 from vblora_triton.tuner.config import check_float, check_int
-from vblora_triton.tuner.layer import MergingLayer, linear_features
-from vblora_triton.vblora.selection import SelectionCache, is_plain
+from vblora_triton.tuner.layer import MergingLayer
+from vblora_triton.tuner.linear import AdaptedLinear
+from vblora_triton.vblora.selection import SelectionCache
 from vblora_triton.vblora.topk import TopkLogits
 
 
@@ -42,7 +43,7 @@ class VBLoRALayer(MergingLayer):
     training: bool
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        self.base_layer = base_layer
+        self._wrap(base_layer, kwargs)
         self.r: dict[str, int] = {}
         self.topk: dict[str, int] = {}
         self.vblora_dropout = nn.ModuleDict()
@@ -52,17 +53,6 @@ class VBLoRALayer(MergingLayer):
         # In a tuple, where nn.Module does not see a module to register. Copying and pickling keep it the model's own,
         # and .to() changes the parameters inside it.
         self._shared: tuple[nn.ParameterDict, ...] = ()
-        self.merged_adapters = []
-        self.backend = "auto"
-        self._disable_adapters = False
-        self._active_adapter = []
-        self.kwargs = kwargs
-        sizes = linear_features(base_layer)
-        if sizes is None:
-            raise TypeError(
-                f"`base_layer` is a {type(base_layer).__name__}; give an nn.Linear or a Conv1D of transformers."
-            )
-        self.in_features, self.out_features = sizes
 
     @property
     def vblora_vector_bank(self) -> nn.ParameterDict:
@@ -162,7 +152,7 @@ class VBLoRALayer(MergingLayer):
         return [*super().tensors_of(adapter_name), *selections]
 
 
-class Linear(nn.Linear, VBLoRALayer):
+class Linear(AdaptedLinear, VBLoRALayer):
     """nn.Linear, or transformers' Conv1D, with VB-LoRA adapters.
 
     y = base_layer(x) + sum_active dropout(x) A^T B^T
@@ -206,31 +196,11 @@ class Linear(nn.Linear, VBLoRALayer):
             adapter_name, vblora_vector_bank, r, topk, num_vectors, vector_length, vblora_dropout, init_logits_std
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Call the base layer and add the updates of the active adapters that are not merged.
-
-        Args:
-            x: (*batch, in_features).
-        Returns:
-            (*batch, out_features), in the dtype of the base layer's result.
-        """
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        for adapter in self.active_adapters:
-            if adapter in self.r and adapter not in self.merged_adapters:
-                result = self._add_update(adapter, x, result)
-        return result
-
     def _add_update(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         bank = self.vblora_vector_bank[adapter]
         # Of a model that is spread over devices, the one bank is elsewhere for some layers.
         bank = bank if bank.device == x.device else bank.to(x.device)
-        dropout = self.vblora_dropout[adapter]
-        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        options: dict[str, Any] = {"dropout_p": p, "training": dropout.training, "backend": self.backend}
+        options = self._op_options(self.vblora_dropout[adapter])
         if adapter in self.vblora_topk:
             own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
             return ops.vblora_linear_selected(x, result, *own.selection(), bank, **options)
@@ -241,23 +211,6 @@ class Linear(nn.Linear, VBLoRALayer):
                 return ops.vblora_linear_selected(x, result, *selection, bank, **options)
         op = ops.vblora_linear_ if self._may_write(result) else ops.vblora_linear
         return op(x, result, *logits, bank, self.topk[adapter], **options)
-
-    def _may_write(self, result: Tensor) -> bool:
-        """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
-
-        It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that
-        it is a view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
-        """
-        base = self.base_layer
-        return (
-            type(base) is nn.Linear
-            and is_plain(result)
-            and "forward" not in vars(base)
-            and not base._forward_hooks
-            and not torch.nn.modules.module._global_forward_hooks
-            and result._base is None
-            and result.is_contiguous()
-        )
 
     def train(self, mode: bool = True) -> Linear:
         """Switch between training and evaluation; what evaluation remembers of the logits is forgotten."""

@@ -44,6 +44,7 @@ class VBLoRAModel(BaseTuner):
     """
 
     prefix = "vblora_"
+    method_name = "VB-LoRA"
     config_class = VBLoRAConfig
     tuner_layer_cls = VBLoRALayer
     target_module_mapping = VBLORA_TARGETS
@@ -203,7 +204,7 @@ class VBLoRAModel(BaseTuner):
         bad = torch.isnan(tensor).any() or torch.isposinf(tensor).any() or torch.isneginf(tensor).all(-1).any()
         return "logits that are NaN or infinite" if bad else None
 
-    def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> set[str]:
         """Let the layers hold selections where these are selections, and logits where they are logits."""
         for name, layer in self.layers():
             keys = [
@@ -218,6 +219,7 @@ class VBLoRAModel(BaseTuner):
                 layer.use_topk(adapter_name, TopkLogits(*(tensors[key].to(device) for key in keys)))
             elif not layer.is_trainable(adapter_name):
                 layer.use_logits(adapter_name)
+        return set()
 
     def full_shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
         """Return file key -> shape of an adapter that is on the model, in its full form."""
@@ -228,41 +230,18 @@ class VBLoRAModel(BaseTuner):
                     shapes[f"base_model.model.{name}.vblora_logits_{matrix}"] = shape
         return shapes
 
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """Count what `save_pretrained` writes for an adapter, in float32-equivalents: bytes / 4.
-
-        Returns:
-            VB-LoRA's own (logits, or indices and weights, and the bank), and the rest (modules saved whole, biases).
-        Raises:
-            ValueError: there is no such adapter.
-        """
-        self._check_known(adapter)
-        config = self.peft_config[adapter]
-        own = other = 0
-        tensors = self.adapter_tensors(adapter)
-        for key, tensor in tensors.items():
-            rows = tensor.numel() // tensor.shape[-1] if tensor.dim() else 0
-            if key.endswith(INDICES):
-                own += tensor.numel() * index_dtype(config.num_vectors).itemsize
-            elif key.endswith(WEIGHTS):
-                own += rows * (config.topk - 1) * 4
-            elif _is_logits(key) and config.save_only_topk_weights:
-                own += rows * (config.topk * index_dtype(config.num_vectors).itemsize + (config.topk - 1) * 4)
-            elif key == BANK_KEY or _is_logits(key):
-                own += tensor.numel() * 4
-            else:
-                other += tensor.numel() * tensor.element_size()
-        return own // 4, other // 4
-
-    def print_savable_parameters(self, adapter: str | None = None) -> None:
-        """Print the counts of `get_nb_savable_parameters`, of one adapter or, by default, of each."""
-        for name in self.peft_config if adapter is None else [adapter]:
-            own, other = self.get_nb_savable_parameters(name)
-            label = "" if len(self.peft_config) == 1 else f"{name}: "
-            print(
-                f"{label}VB-LoRA params to-be-saved (float32-equivalent): {own:,d} "
-                f"|| total params to-be-saved: {own + other:,d}"
-            )
+    @classmethod
+    def saved_bytes(cls, config: VBLoRAConfig, key: str, tensor: Tensor) -> int | None:
+        """Return how many bytes a tensor takes in the file: of logits, or of what is kept of them, or of the bank."""
+        rows = tensor.numel() // tensor.shape[-1] if tensor.dim() else 0
+        index, weights = index_dtype(config.num_vectors).itemsize, rows * (config.topk - 1) * 4
+        if key.endswith(INDICES):
+            return tensor.numel() * index
+        if key.endswith(WEIGHTS):
+            return weights
+        if _is_logits(key) and config.save_only_topk_weights:
+            return rows * config.topk * index + weights
+        return tensor.numel() * 4 if key == BANK_KEY or _is_logits(key) else None
 
 
 def _is_logits(key: str) -> bool:

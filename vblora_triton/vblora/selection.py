@@ -6,23 +6,11 @@ import weakref
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from vblora_triton import ops
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Say whether these are ordinary tensors in an ordinary call: no mode, transform or trace looks on.
-
-    Under any of them a result must not outlive the call, nor memory be written that somebody may have noted.
-    """
-    return (
-        all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+from vblora_triton.tuner.linear import is_plain
 
 
 class _State(NamedTuple):

@@ -1,0 +1,148 @@
+"""What `backend="auto"` runs on a CPU: the reference's numbers, less of it kept, and no use where it cannot go."""
+
+import pytest
+import torch
+
+from tests.linear_case import LinearCase, in_float64
+from tests.tolerance import assert_as_exact_as_eager
+from tests.vera_case import VeraCase, arguments
+from vblora_triton import eager, ops, reference
+
+CASES = {
+    "vblora": [
+        LinearCase(device="cpu", **sizes)
+        for sizes in (
+            {},
+            {"M": 0},
+            {"base": False, "layout": "transposed"},
+            {"batch": (2, 3, 5), "layout": "gaps"},
+            {"batch": ()},
+            {"k": 60},
+            {"dtype": torch.bfloat16},
+            {"dtype": torch.float16, "parameter_dtype": torch.float16},
+            {"dtype": torch.float64, "parameter_dtype": torch.float64},
+        )
+    ],
+    "vera": [
+        VeraCase(device="cpu", **sizes)
+        for sizes in (
+            {},
+            {"M": 0},
+            {"base": False, "layout": "transposed"},
+            {"batch": (2, 3, 5), "layout": "gaps"},
+            {"batch": ()},
+            {"dtype": torch.bfloat16},
+            {"base_dtype": torch.bfloat16},
+            {"dtype": torch.float16, "parameter_dtype": torch.float16},
+            {"dtype": torch.float64, "parameter_dtype": torch.float64},
+        )
+    ],
+}
+ALL = [
+    pytest.param(f"{method}_linear", case, id=f"{method}-{case}") for method, cases in CASES.items() for case in cases
+]
+
+
+def in_place(function):
+    # As a base layer makes it: neither a leaf nor an input of the call.
+    return lambda x, base_out, *rest, **options: function(x, base_out * 1, *rest, **options)
+
+
+@pytest.mark.parametrize(("function", "case"), ALL)
+def test_output_and_each_gradient_are_as_exact_as_the_reference(function, case):
+    tensors = case.tensors()
+    truth = case.run(getattr(reference, function), in_float64(tensors))
+    expected = case.run(getattr(reference, function), tensors)
+    floor = torch.float32 if case.dtype == torch.float64 else getattr(case, "base_dtype", None) or case.dtype
+    results = [case.run(getattr(ops, function), tensors)]
+    if case.base and case.layout == "contiguous":
+        results.append(case.run(in_place(getattr(ops, f"{function}_")), tensors))
+    for result in results:
+        for name in truth:
+            assert_as_exact_as_eager(result[name], expected[name], truth[name], floor, name)
+
+
+@pytest.mark.parametrize("case", CASES["vblora"], ids=str)
+def test_vblora_is_the_reference_to_the_bit(case):
+    # In training a rounding may turn a selection: runs on a CPU are to be PEFT's.
+    tensors = case.tensors()
+    expected = case.run(reference.vblora_linear, tensors)
+    for name, value in case.run(ops.vblora_linear, tensors).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("needed", [0, 1, 2, 3])
+def test_one_gradient_alone_is_that_of_all_together(method, needed):
+    case, function = CASES[method][0], getattr(ops, f"{method}_linear")
+    tensors = case.tensors()
+    everything = case.run(function, tensors)
+    names = [name for name in everything if name != "y"]
+    for i, name in enumerate(names):
+        tensors[name].requires_grad_(i == needed)
+    inputs = arguments(tensors) if method == "vera" else [*(tensors[name] for name in names), case.k]
+    (grad,) = torch.autograd.grad(function(*inputs), tensors[names[needed]], tensors["dy"])
+    torch.testing.assert_close(grad, everything[names[needed]])
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf"), 0.0], ids=str)
+def test_selection_is_the_references_at_ties_and_special_values(special):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 9, generator=generator)
+    logits[::3, ::2] = special
+    logits[1::5] = special
+    for rows in (logits, logits[2::15], logits.bfloat16()):
+        for k in (1, 2, 9):
+            expected = reference.select(rows, k)
+            for mine, theirs in zip(eager.select(rows, k), expected, strict=True):
+                assert torch.equal(mine.nan_to_num(7), theirs.nan_to_num(7))
+
+
+def saved_bytes(function, given):
+    """Bytes kept for backward that are neither an input nor a view of one."""
+    kept: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in given}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function()
+    del y
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+def test_vblora_keeps_its_selection_and_s_and_vera_its_two_products():
+    case = LinearCase(M=64, K=256, N=512, r=4, h=60, b=64, k=2, device="cpu")
+    tensors = [t for name, t in case.tensors().items() if name != "dy"]
+    rows = 4 * (256 + 512) // 64
+    kept = saved_bytes(lambda: ops.vblora_linear(*tensors, case.k), tensors)
+    assert kept == case.M * case.r * 4 + rows * case.k * (8 + 4)
+    case = VeraCase(M=64, K=256, N=512, r=32, device="cpu")
+    tensors = case.tensors()
+    kept = saved_bytes(lambda: ops.vera_linear(*arguments(tensors)), list(tensors.values()))
+    assert kept == case.M * (case.r + case.N) * 4
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_second_derivative_is_refused_and_the_reference_has_one(method):
+    case, function = CASES[method][0], getattr(ops, f"{method}_linear")
+    tensors = in_float64(case.tensors())
+    inputs = arguments(tensors) if method == "vera" else [*(t for n, t in tensors.items() if n != "dy"), case.k]
+    (grad,) = torch.autograd.grad(function(*inputs, backend="reference").square().sum(), inputs[0], create_graph=True)
+    grad.sum().backward()
+    assert inputs[0].grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='reference'"):
+        torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_transforms_and_forward_derivatives_get_the_reference(method):
+    case, function = CASES[method][0], getattr(ops, f"{method}_linear")
+    tensors = in_float64(case.tensors())
+    x, *rest = arguments(tensors) if method == "vera" else [*(t for n, t in tensors.items() if n != "dy"), case.k]
+    (grad,) = torch.autograd.grad(function(x, *rest).sum(), x)
+    torch.testing.assert_close(torch.func.grad(lambda x: function(x, *rest).sum())(x.detach()), grad)
+    _, tangent = torch.func.jvp(lambda x: function(x, *rest).sum(), (x.detach(),), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, grad.sum())

@@ -1,0 +1,143 @@
+"""Layers that read one input share its projection: fewer products, the same bits, nothing left behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.models import VOCABULARY, tiny_llama
+from vblora_triton import VeraConfig, get_peft_model
+from vblora_triton.kernels.launch import counted
+from vblora_triton.vera import sharing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# More than the rows up to which projections are not packed: the launch that packs one counts it.
+TOKENS = (2, 40)
+
+
+def adapted(dtype=torch.bfloat16, checkpointing=None, **options):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama().to(DEVICE, dtype), VeraConfig(r=20, target_modules="all-linear", **options))
+    for name, parameter in model.named_parameters():
+        if "lambda_b" in name:
+            torch.nn.init.normal_(parameter)
+    for _, layer in model.base_model.layers():
+        layer.backend = "triton"
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def tokens(seed=0):
+    return torch.randint(0, VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def attention(model):
+    layer = model.base_model.model.model.layers[0].self_attn
+    return layer.q_proj, layer.k_proj
+
+
+def step(function, model, ids):
+    """Projections made in forward, the logits, and the gradients by name."""
+    model.zero_grad()
+    with counted() as names:
+        logits = function(ids).logits
+    projections = names.count("_pack_rows_kernel")
+    logits.float().square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return projections, logits.detach(), grads
+
+
+def assert_equal(a, b):
+    assert torch.equal(a[1], b[1])
+    assert a[2].keys() == b[2].keys()
+    for name in a[2]:
+        assert torch.equal(a[2][name], b[2][name]), name
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+def test_q_k_v_and_gate_up_project_once_with_the_same_bits(checkpointing):
+    model, ids = adapted(checkpointing=checkpointing), tokens()
+    shared = step(model, model, ids)
+    # Outside of the VeraModel's forward there is no sharing.
+    alone = step(model.base_model.model, model, ids)
+    layers = model.config.num_hidden_layers
+    assert (shared[0], alone[0]) == (4 * layers, 7 * layers)
+    assert len(shared[2]) == 14 * layers
+    assert_equal(shared, alone)
+
+
+def test_nothing_is_shared_between_steps():
+    model = adapted()
+    for seed in range(3):
+        assert_equal(step(model, model, tokens(seed)), step(model.base_model.model, model, tokens(seed)))
+        assert sharing._entries.get() is None
+
+
+def test_layers_that_are_checkpointed_one_by_one_each_repeat_their_own_projection():
+    model, x = adapted(), torch.randn(80, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    q, k = attention(model)
+
+    def run(call):
+        with sharing.shared_projections():
+            y = call(q, x)[:, :32] + call(k, x)[:, :32]
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, q.vera_lambda_d["default"]])]
+
+    plain = run(lambda layer, x: layer(x))
+    for a, b in zip(plain, run(lambda layer, x: checkpoint(layer, x, use_reentrant=False)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_input_that_changes_is_projected_again_and_none_is_kept_alive():
+    q, k = attention(adapted())
+    x = torch.randn(80, 64, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad(), sharing.shared_projections(), counted() as names:
+        q(x)
+        second = k(x)
+        assert names.count("_pack_rows_kernel") == 1
+        x.mul_(2)
+        changed = k(x)
+        assert names.count("_pack_rows_kernel") == 2
+        assert not torch.equal(changed, second)
+        x.data = torch.ones_like(x)
+        assert torch.equal(k(x), k(torch.ones_like(x)))
+        alive = weakref.ref(x)
+        del x
+        gc.collect()
+        assert alive() is None
+
+
+def test_dropout_is_not_shared():
+    model, ids = adapted(vera_dropout=0.3), tokens()
+    layers = model.config.num_hidden_layers
+    torch.manual_seed(1)
+    with_dropout = step(model, model, ids)
+    assert with_dropout[0] == 7 * layers
+    torch.manual_seed(1)
+    assert_equal(with_dropout, step(model.base_model.model, model, ids))
+    assert step(model.eval(), model, ids)[0] == 4 * layers
+
+
+def test_adapters_with_other_projections_do_not_meet():
+    model, ids = adapted(), tokens()
+    model.add_adapter("other", VeraConfig(r=20, target_modules="all-linear", projection_prng_key=7))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lambda_b.other" in name:
+                parameter.normal_()
+        model.base_model.set_adapter(["default", "other"])
+        assert torch.equal(model(ids).logits, model.base_model.model(ids).logits)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_model_compiles_as_one_graph(backend):
+    torch._dynamo.reset()
+    model, ids = adapted(dtype=torch.float32).eval(), tokens()
+    for _, layer in model.base_model.layers():
+        layer.backend = backend
+    compiled = torch.compile(model.base_model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

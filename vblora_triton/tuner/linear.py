@@ -1,0 +1,78 @@
+"""What the linear layer of every method does around its own update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vblora_triton.tuner.layer import MergingLayer
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Say whether these are ordinary tensors in an ordinary call: no mode, transform or trace looks on.
+
+    Under any of them a result must not outlive the call, nor memory be written that somebody may have noted.
+    """
+    return (
+        all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+class AdaptedLinear(nn.Linear, MergingLayer):
+    """nn.Linear, or transformers' Conv1D, with adapters that each add an update to its result.
+
+    y = base_layer(x) + sum_active update(x)
+
+    A method's layer says what the update is: `_add_update`.
+    """
+
+    training: bool
+
+    def _add_update(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """Return the base layer's result with an adapter's update added; `_may_write` says if into `result` itself."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Call the base layer and add the updates of the active adapters that are not merged.
+
+        Args:
+            x: (*batch, in_features).
+        Returns:
+            (*batch, out_features), in the dtype of the base layer's result.
+        """
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self.r and adapter not in self.merged_adapters:
+                result = self._add_update(adapter, x, result)
+        return result
+
+    def _op_options(self, dropout: nn.Module) -> dict[str, Any]:
+        """Return what every op takes by keyword, with the probability of an nn.Dropout, or none of an nn.Identity."""
+        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        return {"dropout_p": p, "training": dropout.training, "backend": self.backend}
+
+    def _may_write(self, result: Tensor) -> bool:
+        """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
+
+        It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that
+        it is a view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
+        """
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and is_plain(result)
+            and "forward" not in vars(base)
+            and not base._forward_hooks
+            and not torch.nn.modules.module._global_forward_hooks
+            and result._base is None
+            and result.is_contiguous()
+        )
