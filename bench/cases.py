@@ -168,14 +168,12 @@ def tiny(suite: str) -> list[Case]:
     return [case, vera] + ([replace(case, dtype="bf16")] if suite == "layer" else [])
 
 
-
-
 def on_cpu(suite: str) -> list[Case]:
     """What a CPU compares: a linear of 1024 x 1024 at 512 tokens, a small Llama, and its files; all in float32."""
     if suite == "layer":
         case = Case("layer", "square_1024", 512, "fp32")
         return [case, replace(case, h=2048), replace(case, method="vera", r=256)]
     if suite in ("model", "load"):
-        case = Case(suite, "small", 256 if suite == "model" else 0, "fp32", rows=2)
+        case = Case(suite, "small", 256 if suite == "model" else 0, "fp32", b=64, rows=2)
         return [case, replace(case, method="vera", r=256)]
     return []

@@ -43,7 +43,9 @@ def wide(case: Case) -> torch.dtype:
 def widened(workload: Workload, dtype: torch.dtype) -> Workload:
     """The same rounded inputs in a wide dtype."""
     other = Workload.__new__(Workload)
-    other.__dict__ = dict(workload.__dict__, _optimizers={}, sets=[_widened(entry, dtype) for entry in workload.sets[:1]])
+    other.__dict__ = dict(
+        workload.__dict__, _optimizers={}, sets=[_widened(entry, dtype) for entry in workload.sets[:1]]
+    )
     return other
 
 
@@ -92,4 +94,3 @@ def eager_limit(case: Case) -> dict[str, float]:
     """What plain PyTorch itself is held to."""
     whole = case.suite in ("model", "decode") and case.dtype != "fp32"
     return {"*": MODEL_LIMIT if whole else EAGER_LIMIT[case.dtype]}
-

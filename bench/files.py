@@ -100,7 +100,7 @@ class FileMeasurement:
                 self._time(records, entrants)
         finally:
             shutil.rmtree(folder)
-        return [record for pair in records.values() for record in pair]
+        return [pair[j] for j in (0, 1) for pair in records.values()]
 
     def _enter(self, form: Form, folder: Path, pair: list[Record], entrants: dict) -> None:
         try:

@@ -1,6 +1,6 @@
 """How fast an adapted linear could be: bytes over the copy bandwidth, operations over the rate of matrix products.
 
-Two kinds of floor. `must_take` bounds any program: each input read once, each output written once, every operation done.
+Two kinds of floor. `must_take` bounds any program: each input read once, each output written once, each operation done.
 `overhead` is what a given plan of kernels costs over the frozen base alone: the model behind the project's choice of
 kernels. Shapes are (in, out) of linears; M is the number of tokens; times are in seconds.
 """
@@ -59,9 +59,7 @@ def base_time(shapes: Sequence[Shape], M: int, rates: Rates, width: int = 2) -> 
     Args:
         width: bytes of an element.
     """
-    return sum(
-        max(2 * M * K * N / rates.matmul, width * (M * K + K * N + M * N) / rates.copy) for K, N in shapes
-    )
+    return sum(max(2 * M * K * N / rates.matmul, width * (M * K + K * N + M * N) / rates.copy) for K, N in shapes)
 
 
 class Floor(NamedTuple):
@@ -80,8 +78,8 @@ def must_take(
 ) -> Floor:
     """What no program can go below for one adapted linear: in each pass max(operations / rate, bytes / copy).
 
-    Forward reads x and the weight and writes y. Backward also reads dy, the weight and, for the gradient of a trained A,
-    x, and writes dx. The parameters of VB-LoRA are too small to count; VeRA's frozen A and B, (r, K) and (N, r) in
+    Forward reads x and the weight and writes y. Backward also reads dy, the weight and, for the gradient of a trained
+    A, x, and writes dx. The parameters of VB-LoRA are too small to count; VeRA's frozen A and B, (r, K) and (N, r) in
     float32, are read in each pass.
 
     Args:
@@ -167,8 +165,8 @@ def vera_overhead(shapes: Sequence[Shape], r: int, direction: str, rates: Rates,
     """VeRA over the base alone, many tokens: its operations at the matrix rate, elementwise work inside the products.
 
     Forward 2 M r (K + N); backward 2 M r (K + 2 N), of which M r N to recompute what dlambda_b needs.
-    PEFT's: 2 M r (K + N) at the float32 rate in either direction, and per token forward 10 K + 28 N bytes (x to float32;
-    the update written, scaled, added, rounded), backward 16 K + 40 N.
+    PEFT's: 2 M r (K + N) at the float32 rate in either direction, and per token forward 10 K + 28 N bytes (x to
+    float32; the update written, scaled, added, rounded), backward 16 K + 40 N.
     """
     K, N = (sum(sizes) for sizes in zip(*shapes, strict=True))
     base = 2 * sum(k * n for k, n in shapes) / rates.matmul

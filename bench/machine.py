@@ -1,7 +1,7 @@
 """What the benchmark asks of the hardware: times, memory, launches, graphs. One class for CUDA, one for the CPU.
 
-The suites know no more than `Machine`, so that a CPU runs all of their code on tiny sizes: a rehearsal, whose times mean
-nothing.
+The suites know no more than `Machine`, so that a CPU runs all of their code on tiny sizes: a rehearsal, whose times
+mean nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Machine(ABC):
     name: str
     # Names, in the profiler's list, of what counts as a launch.
     launch_names: re.Pattern[str]
-    activities: list[ProfilerActivity]
+    activities: tuple[ProfilerActivity, ...]
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -59,8 +59,8 @@ class Machine(ABC):
     def rates(self) -> Rates:
         """Measure the copy bandwidth and the rates of large products of random numbers, now."""
 
-    def launches(self, function: Call) -> int:
-        """Count what one call of function(0) launches, by the profiler."""
+    def launches(self, function: Call) -> int | None:
+        """Count what one call of function(0) launches, by the profiler; None where nobody counts."""
         self.synchronize()
         with profile(activities=self.activities) as found:
             function(0)
@@ -75,16 +75,17 @@ class Machine(ABC):
         self.synchronize()
         return sorted(wait() for wait in waiting)[runs // 2] * 1e-3
 
+    def _copy_rate(self, source: torch.Tensor) -> float:
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self.median_seconds(lambda i: target.copy_(source), 10)
+
     def _rates(self, elements: int, size: int) -> Rates:
         generator = torch.Generator(self.device).manual_seed(0)
 
         def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device).normal_(generator=generator)
 
-        source = random(elements, dtype=torch.bfloat16)
-        target = torch.empty_like(source)
-        copy = 2 * source.nbytes / self.median_seconds(lambda i: target.copy_(source), 10)
-        del source, target
+        copy = self._copy_rate(random(elements, dtype=torch.bfloat16))
         products = {}
         for dtype, side in ((torch.bfloat16, size), (torch.float32, size // 2)):
             a, b = random(side, side, dtype=dtype), random(side, side, dtype=dtype)
@@ -98,7 +99,7 @@ class Cuda(Machine):
     """The GPU that torch sees first, timed by its own events."""
 
     launch_names = LAUNCH_NAMES
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
 
     def __init__(self) -> None:
         self.device = torch.device("cuda")
@@ -158,7 +159,7 @@ class Cpu(Machine):
     """
 
     launch_names = re.compile("aten::")
-    activities = [ProfilerActivity.CPU]
+    activities = (ProfilerActivity.CPU,)
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, compile_backend: str = "aot_eager") -> None:
         self.device = torch.device("cpu")

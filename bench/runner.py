@@ -109,7 +109,7 @@ class Measurement:
     def _find_truth(self, providers: list[Provider]) -> None:
         self.truth = correctness.truth_of(self.case, self.workload, self.base)
         # Plain PyTorch in the same dtypes sets what the others may be off by.
-        reference = next((p for p in PROVIDERS if p.name == REFERENCE))
+        reference = next(p for p in PROVIDERS if p.name == REFERENCE)
         model = self.workload.prepare(reference.adapt(self.case, sharing_copy(self.base)))
         self.eager = correctness.errors(self.workload.results(model), self.truth)
 
@@ -157,7 +157,7 @@ class Measurement:
         if wrong is None:
             call(0)
             added = self.machine.peak_bytes(call)
-            held = self.workload.held_bytes(model)
+            held = self.workload.held_bytes(running)
             record.peak_mib = None if added is None else (added + held) / 2**20
             record.launches = self.machine.launches(call)
             record.saved_kib = self.workload.saved_kib(model) if provider.run == "eager" else None

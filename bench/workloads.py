@@ -156,7 +156,9 @@ class Workload:
         def forward_backward(i: int) -> dict[str, Tensor]:
             x, dys = self.sets[i % len(self.sets)]
             outs = model(x)
-            grads = torch.autograd.grad(outs, [x, *trained.values()], [dy.to(o) for dy, o in zip(dys, outs, strict=True)])
+            grads = torch.autograd.grad(
+                outs, [x, *trained.values()], [dy.to(o) for dy, o in zip(dys, outs, strict=True)]
+            )
             return {f"y{j}": out for j, out in enumerate(outs)} | dict(zip(names, grads, strict=True))
 
         return forward_backward
@@ -176,7 +178,7 @@ class Workload:
         return {"loss": loss}
 
     def backward(self, model: nn.Module) -> Tensor:
-        """Loss and gradients of a whole model. A frozen one lets them pass to its embeddings' output, as adapters do."""
+        """Loss and gradients of a whole model. A frozen one lets them pass to its embeddings, as adapters do."""
         ids = self.sets[0][0]
         if any(p.requires_grad for p in model.parameters()):
             loss = model(input_ids=ids, labels=ids).loss
