@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bench.cases import MODELS, Case
 from bench.machine import Machine
 from bench.providers import UnavailableError, lora, ours, peft_config
 from bench.records import Record
-from bench.runner import Effort, blank, quantile
+from bench.runner import Effort, blank, paired_ratio, quantile
 from bench.workloads import draw_adapter, sharing_copy
 
 # Of logits after loading, against those before saving.
@@ -71,6 +71,18 @@ def _loader(form: Form) -> Any:
     else:
         from peft import PeftModel
     return PeftModel
+
+
+def open_form(
+    case: Case, form: Form, base: nn.Module, folder: Path
+) -> tuple[Callable[[], object], Callable[[], nn.Module]]:
+    """Adapt a copy of the base; return what saves it to the folder, and what loads it from there onto another copy."""
+    model = _adapted(case, form, sharing_copy(base))
+
+    def load() -> nn.Module:
+        return _loader(form).from_pretrained(sharing_copy(base), str(folder))
+
+    return lambda: model.save_pretrained(str(folder)), load  # type: ignore[operator]
 
 
 def _logits(model: nn.Module, case: Case, device: torch.device) -> Tensor:
@@ -150,12 +162,7 @@ class FileMeasurement:
             record = records[name][j]
             record.runs = len(values)
             record.q20_ms, record.median_ms, record.q80_ms = (quantile(values, q) for q in (0.2, 0.5, 0.8))
-        for name, pair in records.items():
-            rival = records.get("peft_" + name.partition("_")[2], pair)
-            self._compare(pair, rival)
-
-    @staticmethod
-    def _compare(pair: Sequence[Record], rival: Sequence[Record]) -> None:
-        for record, other in zip(pair, rival, strict=True):
-            if record.median_ms is not None and other.median_ms:
-                record.ratio_to_peft = record.median_ms / other.median_ms
+            # The same form by PEFT; LoRA has no other.
+            rival = ("peft_" + name.partition("_")[2], j)
+            if rival in times:
+                record.ratio_to_peft = paired_ratio(values, times[rival])

@@ -18,7 +18,8 @@ class Record:
 
     status: "ok"; "wrong" (its results are off, so that it has no time); "unavailable" or "failed". `reason` says more.
     median_ms, q20_ms, q80_ms: over `runs` runs.
-    ratio_to_base, ratio_to_peft: medians; to the frozen base alone, and to PEFT's eager layers of the same method.
+    ratio_to_base, ratio_to_peft: to the frozen base alone, and to PEFT's eager layers of the same method; the median
+        over the rounds, in each of which every provider has one turn.
     floor_ms: what no program can go below at the rates measured in the same run, for the base and the update.
     launches: by the host in one call; of a whole graph 1.
     peak_mib: the model, its optimizer's state, and what one call adds at its height.

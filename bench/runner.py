@@ -46,6 +46,11 @@ def quantile(values: Sequence[float], q: float) -> float:
     return torch.quantile(torch.tensor(values, dtype=torch.float64), q).item()
 
 
+def paired_ratio(values: Sequence[float], against: Sequence[float]) -> float:
+    """The median of the rounds' ratios: what else the machine did in a round slowed both."""
+    return quantile([value / other for value, other in zip(values, against, strict=True)], 0.5)
+
+
 def interleaved(calls: dict[str, Call], machine: Machine, effort: Effort) -> dict[str, list[float]]:
     """Milliseconds of many runs of each call, turn by turn, each round starting with another one."""
     slowest = 0.0
@@ -177,7 +182,6 @@ class Measurement:
                 record.runs = len(values)
                 record.q20_ms, record.median_ms, record.q80_ms = (quantile(values, q) for q in (0.2, 0.5, 0.8))
         for field, provider in (("ratio_to_base", BASE), ("ratio_to_peft", EAGER_PEFT)):
-            against = next((r.median_ms for r in records if r.provider == provider), None)
             for record in records:
-                if against and record.median_ms is not None:
-                    setattr(record, field, record.median_ms / against)
+                if provider in times and record.provider in times:
+                    setattr(record, field, paired_ratio(times[record.provider], times[provider]))

@@ -154,6 +154,6 @@ def _ratio_cells(mine: Record, other: Record | None, by_name: dict[str, Record])
     base, again = by_name.get("base"), by_name.get("base_again")
     cells = [_number(mine.median_ms), _number(other.median_ms), _number(mine.ratio_to_peft), ""]
     if base and again and base.median_ms and again.median_ms:
-        cells[-1] = f"{abs(again.median_ms / base.median_ms - 1):.1%}"
+        cells[-1] = f"{abs((again.ratio_to_base or 0) - 1):.1%}"
     cells += [_number(mine.saved_kib, 0), _number(other.saved_kib, 0)]
     return "".join(f"{cell:>14}" for cell in cells)
