@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,10 @@ def wide(case: Case) -> torch.dtype:
 def widened(workload: Workload, dtype: torch.dtype) -> Workload:
     """The same rounded inputs in a wide dtype."""
     other = Workload.__new__(Workload)
-    other.__dict__ = dict(
-        workload.__dict__, _optimizers={}, sets=[_widened(entry, dtype) for entry in workload.sets[:1]]
-    )
+    # A whole model's activations in a wide dtype would not fit.
+    case = replace(workload.case, checkpointing=True) if workload.case.suite == "model" else workload.case
+    sets = [_widened(entry, dtype) for entry in workload.sets[:1]]
+    other.__dict__ = dict(workload.__dict__, _optimizers={}, sets=sets, case=case)
     return other
 
 

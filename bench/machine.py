@@ -6,20 +6,19 @@ mean nothing.
 
 from __future__ import annotations
 
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.floors import Rates
 
 Call = Callable[[int], object]
-# What the host asks the device to run: a kernel, or a whole graph.
-LAUNCH_NAMES = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch)")
 
 
 class Machine(ABC):
@@ -31,8 +30,6 @@ class Machine(ABC):
 
     device: torch.device
     name: str
-    # Names, in the profiler's list, of what counts as a launch.
-    launch_names: re.Pattern[str]
     activities: tuple[ProfilerActivity, ...]
 
     @abstractmethod
@@ -60,12 +57,17 @@ class Machine(ABC):
         """Measure the copy bandwidth and the rates of large products of random numbers, now."""
 
     def launches(self, function: Call) -> int | None:
-        """Count what one call of function(0) launches, by the profiler; None where nobody counts."""
+        """Count what the device runs in one call of function(0), by the profiler; None where nobody counts."""
         self.synchronize()
         with profile(activities=self.activities) as found:
             function(0)
             self.synchronize()
-        return sum(event.count for event in found.key_averages() if self.launch_names.match(event.key))
+        return sum(event.count for event in found.key_averages() if self.is_launch(event))
+
+    @staticmethod
+    @abstractmethod
+    def is_launch(event: Any) -> bool:
+        """Say whether an event of the profiler is one that `launches` counts."""
 
     def median_seconds(self, function: Call, runs: int) -> float:
         """The median of some runs after two for nothing."""
@@ -98,7 +100,6 @@ class Machine(ABC):
 class Cuda(Machine):
     """The GPU that torch sees first, timed by its own events."""
 
-    launch_names = LAUNCH_NAMES
     activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
 
     def __init__(self) -> None:
@@ -146,6 +147,13 @@ class Cuda(Machine):
     def compiled(self, model: nn.Module) -> nn.Module:
         return torch.compile(model)  # type: ignore[return-value]
 
+    @staticmethod
+    def is_launch(event: Any) -> bool:
+        # The device's own list: the host's lacks the kernels inside a graph. It also holds copies, and the spans that
+        # were named on the host.
+        on_device = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        return on_device and not event.key.startswith(("Memcpy", "Memset"))
+
     def rates(self) -> Rates:
         return self._rates(elements=2**30, size=8192)
 
@@ -158,7 +166,6 @@ class Cpu(Machine):
         compile_backend: of torch.compile; the default needs no C++ compiler.
     """
 
-    launch_names = re.compile("aten::")
     activities = (ProfilerActivity.CPU,)
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, compile_backend: str = "aot_eager") -> None:
@@ -185,6 +192,10 @@ class Cpu(Machine):
 
     def compiled(self, model: nn.Module) -> nn.Module:
         return torch.compile(model, backend=self._compile_backend)  # type: ignore[return-value]
+
+    @staticmethod
+    def is_launch(event: Any) -> bool:
+        return event.key.startswith("aten::")
 
     def rates(self) -> Rates:
         return self._rates(elements=2**22, size=256)

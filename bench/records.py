@@ -21,7 +21,7 @@ class Record:
     ratio_to_base, ratio_to_peft: to the frozen base alone, and to PEFT's eager layers of the same method; the median
         over the rounds, in each of which every provider has one turn.
     floor_ms: what no program can go below at the rates measured in the same run, for the base and the update.
-    launches: by the host in one call; of a whole graph 1.
+    launches: kernels that the device runs in one call.
     peak_mib: the model, its optimizer's state, and what one call adds at its height.
     max_rel_err: the largest over outputs and gradients.
     saved_kib: what forward keeps for backward, beside the inputs, parameters and frozen matrices.

@@ -3,14 +3,17 @@
 import importlib.util
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import vblora_triton
 from bench.cases import DIRECTIONS, SUITES, Case, full, tiny
 from bench.floors import H200
-from bench.machine import LAUNCH_NAMES, Cpu
+from bench.machine import Cpu, Cuda
 from bench.providers import PROVIDERS, Provider, by_peft, ours
 from bench.records import Record
 from bench.runner import Effort, Measurement, interleaved, paired_ratio, quantile
@@ -203,10 +206,23 @@ def test_what_forward_keeps_is_counted_without_inputs_and_parameters():
     assert Workload(case, "fwd_bwd", torch.device("cpu")).saved_kib(Square()) == case.M * 64 * 4 / 1024
 
 
-def test_launches_are_what_the_host_asks_of_the_driver():
-    asked = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-    assert all(LAUNCH_NAMES.match(name) for name in asked)
-    assert not any(LAUNCH_NAMES.match(name) for name in ("cudaMemcpyAsync", "cudaDeviceSynchronize", "aten::mm"))
+def test_launches_on_a_gpu_are_the_kernels_that_it_ran():
+    def event(key, device=DeviceType.CUDA, is_user_annotation=False):
+        return SimpleNamespace(key=key, device_type=device, is_user_annotation=is_user_annotation)
+
+    assert Cuda.is_launch(event("_shrink_fwd_kernel"))
+    others = [event("cudaLaunchKernel", DeviceType.CPU), event("aten::mm", DeviceType.CPU)]
+    others += [
+        event("Memcpy HtoD (Pageable -> Device)"),
+        event("Memset (Device)"),
+        event("step", DeviceType.CUDA, True),
+    ]
+    assert not any(map(Cuda.is_launch, others))
+    # The profiler's events have what is asked of them.
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        torch.ones(2) + 1
+    assert not any(map(Cuda.is_launch, found.key_averages()))
+    assert any(map(Cpu.is_launch, found.key_averages()))
 
 
 def test_cases_have_ids_of_their_own_and_sizes_that_fit():
