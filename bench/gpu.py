@@ -21,12 +21,14 @@ from bench.records import load
 ROOT = Path(__file__).parents[1]
 TESTS = [
     "test_ops.py",
+    "test_vera_ops.py",
     "test_gpu.py",
     "test_dropout.py",
     "test_selection.py",
     "test_ledger.py",
     "test_compile.py",
     "vblora",
+    "vera",
 ]
 
 
