@@ -10,12 +10,14 @@ ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_check
 	tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora tests/vera \
 	tests/documented tests/integrations
 
-.PHONY: help demo test test-without-peft check fix kernels-report gpu clean
+.PHONY: help demo test test-without-peft check fix bench report kernels-report gpu clean
 
 help:
 	@echo "make demo    fine-tune a small model with VB-LoRA, save, reload and merge it; writes build/demo/"
 	@echo "make test    the whole test suite"
-	@echo "make check   ruff and mypy; edits nothing"
+	@echo "make check   ruff, mypy, and whether the README's tables are the measured ones; edits nothing"
+	@echo "make bench   measure beside PEFT and the base alone; without a GPU what a CPU can say (BENCH=options)"
+	@echo "make report  put what bench/results/ holds into the README"
 	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
 	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"
@@ -40,10 +42,19 @@ check: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m bench.report --check
 
 fix: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# `make bench BENCH="block --json bench/results/block.json"`; `python -m bench --help` has the options.
+bench: $(VENV)/.installed
+	$(PY) -m bench $(BENCH)
+	$(PY) -m bench.pytest_cpu
+
+report: $(VENV)/.installed
+	$(PY) -m bench.report
 
 kernels-report: $(VENV)/.installed
 	$(PY) -m bench.kernels_report

@@ -24,12 +24,20 @@ def environment(commit: str | None = None) -> dict[str, Any]:
             versions[name] = None
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver(),
         "capability": torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **versions,
         "commit": commit or _commit(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _commit() -> str:

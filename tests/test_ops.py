@@ -98,8 +98,8 @@ def test_selected_linear_and_its_gradients_are_those_of_the_logits(case):
         selection = ops.select(*logits, case.k, backend=backend)
         y = ops.vblora_linear_selected(x, base, *selection, tensors["vector_bank"], backend=backend)
         results[backend] = [y, *torch.autograd.grad(y, list(wanted.values()), tensors["dy"])]
-    for name, value, eager in zip(("y", *wanted), results["triton"], results["reference"], strict=True):
-        assert_as_exact_as_eager(value, eager, whole[name], case.dtype, name)
+    for name, value, plain in zip(("y", *wanted), results["triton"], results["reference"], strict=True):
+        assert_as_exact_as_eager(value, plain, whole[name], case.dtype, name)
 
 
 def test_a_selection_is_checked_and_frozen():
@@ -254,8 +254,8 @@ def test_triton_compose_and_its_gradients_are_as_exact_as_eager(rows, h, b, k, d
         ("out", "logits", "vector_bank"),
         strict=True,
     )
-    for value, eager, truth, what in results:
-        assert_as_exact_as_eager(value, eager, truth, dtype, what)
+    for value, plain, truth, what in results:
+        assert_as_exact_as_eager(value, plain, truth, dtype, what)
 
 
 @pytest.mark.parametrize("base", [True, False])

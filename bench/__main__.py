@@ -1,0 +1,163 @@
+"""Measure this package beside PEFT and the frozen base alone: `python -m bench`, or `make bench`.
+
+Without a GPU it compares the plain PyTorch of both on the CPU, and runs the kernels under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import cpu
+from bench.cases import SUITES, Case, full, quick, tiny
+from bench.environment import environment
+from bench.floors import H200, Rates, table
+from bench.machine import Cpu, Cuda, Machine
+from bench.providers import PROVIDERS, Provider
+from bench.records import Record, Results
+from bench.runner import Effort
+from bench.suites import measure, work_of
+from bench.table import progress, show, show_floors, show_ratios
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    made.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all by default")
+    made.add_argument("--quick", action="store_true", help="few cases, short, nothing compiled: under 2 minutes")
+    made.add_argument("--list", action="store_true", help="print the cases and the providers, and run nothing")
+    made.add_argument("--filter", default="", help="of the ids, those that contain this, or match it with * and ?")
+    made.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and the base and PEFT's for ratios")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after each case")
+    made.add_argument("--plot", type=Path, metavar="DIR", help="write pictures here")
+    made.add_argument("--seconds", type=float, default=0.2, help="of runs for each provider of a case (default 0.2)")
+    made.add_argument("--minutes", type=float, help="begin nothing new after this")
+    made.add_argument("--commit", help="the commit, where the checkout has no history")
+    made.add_argument("--floors", action="store_true", help="print what plans of kernels cost, computed for an H200")
+    made.add_argument("--rehearse", action="store_true", help="run all of it on tiny sizes on the CPU")
+    return made
+
+
+def wanted(pattern: str) -> Callable[[str], bool]:
+    """Whether an id contains the pattern, or matches it as a whole."""
+    return lambda identifier: pattern in identifier or fnmatch.fnmatch(identifier, pattern)
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[Case], list[Provider]]:
+    """The cases and providers that the options ask for.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    names = {provider.name for provider in PROVIDERS}
+    for kind, given, known in (("suite", options.suites, SUITES), ("provider", options.providers or [], names)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known))}")
+    source = tiny if options.rehearse else quick if options.quick else full
+    cases = [case for suite in SUITES if suite in (options.suites or SUITES) for case in source(suite)]
+    keep = {"base", "peft", *(options.providers or names)}
+    providers = [p for p in PROVIDERS if p.name in keep and not (options.quick and p.run == "compiled")]
+    return cases, providers
+
+
+def header(machine_name: str | None, rates: Rates | None, commit: str | None) -> dict[str, Any]:
+    """What a result was measured on."""
+    found = environment(commit)
+    found["machine"] = machine_name or "CPU"
+    if rates is not None:
+        found |= {
+            "copy_gb_s": rates.copy * 1e-9,
+            "matmul_tflop_s": rates.matmul * 1e-12,
+            "matmul_fp32_tflop_s": rates.matmul_fp32 * 1e-12,
+        }
+    return found
+
+
+def run_suites(options: argparse.Namespace, machine: Machine, effort: Effort) -> list[Record]:
+    """Measure what was chosen; print each case as it comes, and keep the file up to date."""
+    cases, providers = chosen(options)
+    work = work_of(cases, wanted(options.filter))
+    rates = machine.rates()
+    print(
+        f"{machine.name}: copy {rates.copy * 1e-9:,.0f} GB/s, bf16 products {rates.matmul * 1e-12:,.1f} TFLOP/s, "
+        f"float32 {rates.matmul_fp32 * 1e-12:,.1f}",
+        flush=True,
+    )
+    results = Results(header(machine.name, rates, options.commit), options.json)
+    start = time.monotonic()
+    with progress(len(work)) as step:
+        for i, entry in enumerate(work):
+            if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+                print(f"{len(work) - i} of {len(work)} cases were not begun: the time is up.", flush=True)
+                break
+            step(entry[0].id(entry[1]))
+            for _, records in measure([entry], machine, rates, effort, providers):
+                results.add(records)
+                show(records)
+    _plot(options, results)
+    return results.records
+
+
+def run_on_cpu(options: argparse.Namespace) -> int:
+    """What is left to do without a GPU: ratios to PEFT, and the kernels under the interpreter."""
+    print("There is no GPU here: the GPU suites (layer, block, decode, model, load) were skipped.")
+    print(
+        "Plain PyTorch on this CPU, ours and PEFT's turn by turn; a ratio below 1 means that ours is faster.",
+        flush=True,
+    )
+    results = Results(header(None, None, options.commit), options.json)
+    effort = Effort(least=9, most=20, seconds=0.3) if options.quick else Effort(least=20, most=100, seconds=1.5)
+    with progress(cpu.cases_wanted(wanted(options.filter))) as step:
+        for records in cpu.compare(effort, wanted(options.filter)):
+            step(records[0].id().rpartition("/")[0])
+            results.add(records)
+    show_ratios(results.records)
+    print("\nThe kernels under Triton's interpreter, outputs and gradients against float64:", flush=True)
+    code = cpu.interpret_elsewhere()
+    _plot(options, results)
+    return code
+
+
+def _plot(options: argparse.Namespace, results: Results) -> None:
+    if options.plot is not None:
+        from bench.plot import plot
+
+        for path in plot(results.header, results.records, options.plot):
+            print(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        cases, providers = chosen(options)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if options.list:
+        for case, direction in work_of(cases, wanted(options.filter)):
+            print(case.id(direction))
+        print("\nproviders: " + ", ".join(provider.name for provider in providers))
+        return 0
+    if options.floors:
+        show_floors(table(H200))
+        return 0
+    effort = Effort(seconds=options.seconds / 2 if options.quick else options.seconds)
+    if options.rehearse:
+        # Times of a rehearsal mean nothing, so one run will do.
+        run_suites(options, Cpu(), Effort(least=1, most=1, warm_up=1))
+        return 0
+    if not torch.cuda.is_available():
+        return run_on_cpu(options)
+    run_suites(options, Cuda(), effort)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,95 @@
+"""What a CPU can say: this package's plain PyTorch beside PEFT's, and the kernels under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.cases import Case, on_cpu, tiny
+from bench.correctness import errors, limits, truth_of, verdict
+from bench.floors import Rates
+from bench.machine import Call, Cpu
+from bench.providers import BASE, EAGER_PEFT, PROVIDERS, REFERENCE, Adapt, Provider, UnavailableError, ours
+from bench.records import Record
+from bench.runner import Effort
+from bench.suites import Work, measure, work_of
+from bench.workloads import Workload, make_base, sharing_copy
+
+ROOT = Path(__file__).parents[1]
+# A CPU's floor is not asked for.
+NO_RATES = Rates(float("inf"), float("inf"), float("inf"))
+
+
+class Timer(Cpu):
+    """A CPU that only tells the time."""
+
+    def launches(self, function: Call) -> None:
+        return None
+
+
+COMPARED = tuple(p for p in PROVIDERS if p.name in (BASE, REFERENCE, EAGER_PEFT))
+
+
+def _work(wanted: Callable[[str], bool]) -> list[Work]:
+    return work_of([case for suite in ("layer", "model", "load") for case in on_cpu(suite)], wanted)
+
+
+def cases_wanted(wanted: Callable[[str], bool]) -> int:
+    """How many times `compare` will yield."""
+    return len(_work(wanted))
+
+
+def compare(effort: Effort, wanted: Callable[[str], bool] = lambda identifier: True) -> Iterator[list[Record]]:
+    """Yield records of the ratios to PEFT on this CPU: a linear, a step of a small Llama, its files."""
+    for _, records in measure(_work(wanted), Timer(), NO_RATES, effort, COMPARED):
+        for record in records:
+            record.suite = f"cpu_{record.suite}"
+            record.floor_ms = record.operations = record.bytes_moved = None
+        yield records
+
+
+def interpreted() -> list[tuple[str, str | None]]:
+    """Judge the kernels on tiny cases; (id, what is wrong or None). Wants TRITON_INTERPRET=1 where there is no GPU."""
+    found = []
+    for case in tiny("layer"):
+        try:
+            problem = judge(case, Provider("ours", ours("triton")))
+        except UnavailableError as error:
+            print(f"  {case.id('fwd_bwd')}: unavailable: {error}")
+            continue
+        found.append((case.id("fwd_bwd"), problem))
+    return found
+
+
+def judge(case: Case, provider: Provider) -> str | None:
+    """What is wrong with a provider's outputs and gradients on a CPU, or None."""
+    workload = Workload(case, "fwd_bwd", Cpu().device)
+    base = make_base(case, Cpu().device)
+    truth = truth_of(case, workload, base)
+
+    def results(adapt: Adapt) -> dict[str, float]:
+        model = workload.prepare(adapt(case, sharing_copy(base)))
+        return errors(workload.results(model), truth)
+
+    return verdict(results(provider.adapt), limits(results(ours("reference")), case.dtype, False))
+
+
+def interpret_elsewhere() -> int:
+    """Run `interpreted` in a process of its own, because Triton reads its variable when a kernel is defined."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    return subprocess.run([sys.executable, "-m", "bench.cpu"], cwd=ROOT, env=environment).returncode
+
+
+def main() -> int:
+    wrong = 0
+    for identifier, problem in interpreted():
+        print(f"  {identifier}: {'right' if problem is None else 'WRONG: ' + problem}", flush=True)
+        wrong += problem is not None
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,189 @@
+"""How fast an adapted linear could be: bytes over the copy bandwidth, operations over the rate of matrix products.
+
+Two kinds of floor. `must_take` bounds any program: each input read once, each output written once, each operation done.
+`overhead` is what a given plan of kernels costs over the frozen base alone: the model behind the project's choice of
+kernels. Shapes are (in, out) of linears; M is the number of tokens; times are in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# No launch of a kernel is over sooner: the gap of one node of a CUDA graph.
+LAUNCH = 2e-6
+# PEFT's eager launches: per linear forward and backward, seconds each in a graph, and in a forward that waits for the
+# device once per linear. Fitted, not derived; what is proportional to M below is derived.
+PEFT_LAUNCHES = {"fwd": 21, "bwd": 46}
+PEFT_GAP = {"graph": 1.7e-6, "eager": 4e-6}
+PLANS = ("separate", "grouped", "epilogue")
+
+Shape = tuple[int, int]
+# Linears that read the same x: q, k and v; o; gate and up; down.
+LLAMA2_7B: tuple[tuple[Shape, ...], ...] = (
+    ((4096, 4096),) * 3,
+    ((4096, 4096),),
+    ((4096, 11008),) * 2,
+    ((11008, 4096),),
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a chip was measured to do.
+
+    copy: bytes per second, read and written, of a large copy.
+    matmul: operations per second of a large product in the activations' dtype.
+    matmul_fp32: the same in full float32.
+    """
+
+    copy: float
+    matmul: float
+    matmul_fp32: float
+
+
+H200 = Rates(copy=4.3e12, matmul=790e12, matmul_fp32=55e12)
+
+
+def flat(groups: Sequence[Sequence[Shape]]) -> list[Shape]:
+    """The linears without their grouping."""
+    return [shape for group in groups for shape in group]
+
+
+def base_time(shapes: Sequence[Shape], M: int, rates: Rates, width: int = 2) -> float:
+    """The frozen base alone, forward; backward (dx alone) costs the same.
+
+    sum over linears of max(2 M K N / rate, width (M K + K N + M N) / copy)
+
+    Args:
+        width: bytes of an element.
+    """
+    return sum(max(2 * M * K * N / rates.matmul, width * (M * K + K * N + M * N) / rates.copy) for K, N in shapes)
+
+
+class Floor(NamedTuple):
+    """What a case cannot do without: operations, bytes, and so seconds."""
+
+    operations: int
+    bytes: int
+    seconds: float
+
+    def __add__(self, other: Floor) -> Floor:  # type: ignore[override]
+        return Floor(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def must_take(
+    K: int, N: int, M: int, r: int, direction: str, rates: Rates, width: int = 2, frozen: bool = False
+) -> Floor:
+    """What no program can go below for one adapted linear: in each pass max(operations / rate, bytes / copy).
+
+    Forward reads x and the weight and writes y. Backward also reads dy, the weight and, for the gradient of a trained
+    A, x, and writes dx. The parameters of VB-LoRA are too small to count; VeRA's frozen A and B, (r, K) and (N, r) in
+    float32, are read in each pass.
+
+    Args:
+        r: rank of the update; 0 for the base alone.
+        direction: "fwd", or another for forward and backward.
+        width: bytes of an element of the activations and the weight.
+        frozen: A and B come from memory (VeRA), and their own gradients are not wanted.
+    """
+    matrices = 4 * r * (K + N) if frozen else 0
+    passes = [(2 * M * K * N + 2 * M * r * (K + N), width * (M * K + K * N + M * N) + matrices)]
+    if direction != "fwd":
+        # ds and dx; the gradients of A and B, or of lambda_b from what VeRA's B made of s, which may have been kept.
+        own = 2 * M * r * (K + N) if frozen else 4 * M * r * (K + N)
+        x = M * K if r and not frozen else 0
+        passes.append((2 * M * K * N + own, width * (M * N + x + K * N + M * K) + matrices))
+    seconds = sum(max(operations / rates.matmul, moved / rates.copy) for operations, moved in passes)
+    return Floor(sum(operations for operations, _ in passes), sum(moved for _, moved in passes), seconds)
+
+
+def _launches(groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str, width: int) -> list[float]:
+    """Bytes that each kernel of a plan moves for the update of VB-LoRA."""
+    if plan == "separate":
+        groups = [(shape,) for shape in flat(groups)]
+    kernels: list[float] = []
+    for group in groups:
+        K, outs = group[0][0], [N for _, N in group]
+        if direction == "fwd":
+            # shrink reads x; expand reads y and writes it, unless the base's product does it in passing.
+            kernels.append(width * M * K)
+            kernels += [] if plan == "epilogue" else [2 * width * M * sum(outs)]
+        else:
+            # Each dy comes when it comes, in a pass of its own. Then one pass reads x and updates dx.
+            kernels += [width * M * N for N in outs]
+            kernels.append(width * M * K * (1 if plan == "epilogue" else 3))
+    return kernels
+
+
+def overhead(
+    groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str, rates: Rates, width: int = 2
+) -> float:
+    """Time of the adapted linears over that of the frozen base alone, for VB-LoRA under a plan of kernels.
+
+    1 + sum over kernels of max(LAUNCH, bytes / copy) / base_time
+
+    Args:
+        groups: linears, those that read the same x together.
+        direction: "fwd" or "bwd".
+        plan: "separate" (two kernels per linear and direction), "grouped" (linears that share x share the kernels that
+            read it), "epilogue" (and what touches y or dx happens inside the base's product).
+    """
+    extra = sum(max(LAUNCH, moved / rates.copy) for moved in _launches(groups, M, direction, plan, width))
+    return 1 + extra / base_time(flat(groups), M, rates, width)
+
+
+def peft_overhead(shapes: Sequence[Shape], M: int, direction: str, rates: Rates) -> float:
+    """The same for PEFT's eager VB-LoRA on bf16 activations with float32 parameters, many tokens.
+
+    Forward, bytes per token: x to float32 (6 K) and read (4 K); the update written (4 N), added to y (10 N), rounded
+    (6 N). Backward: dy to float32 (6 N), read twice (8 N), rounded for the base (6 N); dx written (4 K), x read (4 K),
+    dx rounded (6 K), added (6 K). And the gaps between its launches.
+    """
+    per_token = sum(10 * K + 20 * N if direction == "fwd" else 20 * K + 20 * N for K, N in shapes)
+    gap = PEFT_GAP["eager" if direction == "fwd" else "graph"]
+    extra = per_token * M / rates.copy + len(shapes) * PEFT_LAUNCHES[direction] * gap
+    return 1 + extra / base_time(shapes, M, rates)
+
+
+def decode_overhead(groups: Sequence[Sequence[Shape]], plan: str, rates: Rates) -> float:
+    """One token through the linears in a CUDA graph, over the base alone.
+
+    Args:
+        plan: one of PLANS, or "peft_graph" or "peft_eager". At one token "epilogue" is a single kernel, the base's own.
+    """
+    shapes = flat(groups)
+    base = base_time(shapes, 1, rates)
+    if plan.startswith("peft_"):
+        return 1 + len(shapes) * PEFT_LAUNCHES["fwd"] * PEFT_GAP[plan.removeprefix("peft_")] / base
+    kernels = {"separate": 2 * len(shapes), "grouped": 2 * len(groups), "epilogue": 0}[plan]
+    return 1 + kernels * LAUNCH / base
+
+
+def vera_overhead(shapes: Sequence[Shape], r: int, direction: str, rates: Rates, *, peft: bool = False) -> float:
+    """VeRA over the base alone, many tokens: its operations at the matrix rate, elementwise work inside the products.
+
+    Forward 2 M r (K + N); backward 2 M r (K + 2 N), of which M r N to recompute what dlambda_b needs.
+    PEFT's: 2 M r (K + N) at the float32 rate in either direction, and per token forward 10 K + 28 N bytes (x to
+    float32; the update written, scaled, added, rounded), backward 16 K + 40 N.
+    """
+    K, N = (sum(sizes) for sizes in zip(*shapes, strict=True))
+    base = 2 * sum(k * n for k, n in shapes) / rates.matmul
+    if peft:
+        moved = 10 * K + 28 * N if direction == "fwd" else 16 * K + 40 * N
+        return 1 + (2 * r * (K + N) / rates.matmul_fp32 + moved / rates.copy) / base
+    return 1 + 2 * r * (K + N if direction == "fwd" else K + 2 * N) / rates.matmul / base
+
+
+def table(rates: Rates) -> list[dict[str, float]]:
+    """The plans side by side on one layer of Llama-2-7B: what is to be expected at these rates."""
+    rows = []
+    for M in (256, 4096, 16384):
+        row: dict[str, float] = {"M": M}
+        for direction in ("fwd", "bwd"):
+            row[f"peft_{direction}"] = peft_overhead(flat(LLAMA2_7B), M, direction, rates)
+            for plan in PLANS:
+                row[f"{plan}_{direction}"] = overhead(LLAMA2_7B, M, direction, plan, rates)
+        rows.append(row)
+    return rows

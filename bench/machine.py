@@ -1,0 +1,201 @@
+"""What the benchmark asks of the hardware: times, memory, launches, graphs. One class for CUDA, one for the CPU.
+
+The suites know no more than `Machine`, so that a CPU runs all of their code on tiny sizes: a rehearsal, whose times
+mean nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.floors import Rates
+
+Call = Callable[[int], object]
+
+
+class Machine(ABC):
+    """One device, and how to measure on it.
+
+    device: where tensors go.
+    name: what the results call it.
+    """
+
+    device: torch.device
+    name: str
+    activities: tuple[ProfilerActivity, ...]
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done everything."""
+
+    @abstractmethod
+    def time(self, function: Call, i: int) -> Callable[[], float]:
+        """Run function(i) on cold caches; return what tells its milliseconds once `synchronize` has been called."""
+
+    @abstractmethod
+    def peak_bytes(self, function: Call) -> int | None:
+        """Memory that function(0) takes, at its height, beyond what is there; None where nobody counts."""
+
+    @abstractmethod
+    def in_graph(self, function: Call) -> Call:
+        """Capture function(0) once; the result replays it."""
+
+    @abstractmethod
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """torch.compile, as users call it."""
+
+    @abstractmethod
+    def rates(self) -> Rates:
+        """Measure the copy bandwidth and the rates of large products of random numbers, now."""
+
+    def launches(self, function: Call) -> int | None:
+        """Count what the device runs in one call of function(0), by the profiler; None where nobody counts."""
+        self.synchronize()
+        with profile(activities=self.activities) as found:
+            function(0)
+            self.synchronize()
+        return sum(event.count for event in found.key_averages() if self.is_launch(event))
+
+    @staticmethod
+    @abstractmethod
+    def is_launch(event: Any) -> bool:
+        """Say whether an event of the profiler is one that `launches` counts."""
+
+    def median_seconds(self, function: Call, runs: int) -> float:
+        """The median of some runs after two for nothing."""
+        for i in range(2):
+            self.time(function, i)
+        waiting = [self.time(function, i) for i in range(runs)]
+        self.synchronize()
+        return sorted(wait() for wait in waiting)[runs // 2] * 1e-3
+
+    def _copy_rate(self, source: torch.Tensor) -> float:
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self.median_seconds(lambda i: target.copy_(source), 10)
+
+    def _rates(self, elements: int, size: int) -> Rates:
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device).normal_(generator=generator)
+
+        copy = self._copy_rate(random(elements, dtype=torch.bfloat16))
+        products = {}
+        for dtype, side in ((torch.bfloat16, size), (torch.float32, size // 2)):
+            a, b = random(side, side, dtype=dtype), random(side, side, dtype=dtype)
+            out = torch.empty_like(a)
+            seconds = self.median_seconds(lambda i, a=a, b=b, out=out: torch.mm(a, b, out=out), 10)
+            products[dtype] = 2 * side**3 / seconds
+        return Rates(copy, products[torch.bfloat16], products[torch.float32])
+
+
+class Cuda(Machine):
+    """The GPU that torch sees first, timed by its own events."""
+
+    activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda")
+        self.name = torch.cuda.get_device_name()
+        # Several times the cache of any GPU there is; writing it also lets the host run ahead of the device.
+        self._flush = torch.empty(2**28, dtype=torch.int8, device=self.device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def time(self, function: Call, i: int) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        function(i)
+        end.record()
+        return lambda: start.elapsed_time(end)
+
+    def peak_bytes(self, function: Call) -> int | None:
+        self.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function(0)
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def in_graph(self, function: Call) -> Call:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(0)
+
+        def replay(i: int) -> object:
+            graph.replay()
+            return result
+
+        return replay
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return torch.compile(model)  # type: ignore[return-value]
+
+    @staticmethod
+    def is_launch(event: Any) -> bool:
+        # The device's own list: the host's lacks the kernels inside a graph. It also holds copies, and the spans that
+        # were named on the host.
+        on_device = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        return on_device and not event.key.startswith(("Memcpy", "Memset"))
+
+    def rates(self) -> Rates:
+        return self._rates(elements=2**30, size=8192)
+
+
+class Cpu(Machine):
+    """A CPU in the place of a GPU. A graph is the call itself, memory is not counted, a launch is a torch operator.
+
+    Args:
+        clock: seconds, ever more of them.
+        compile_backend: of torch.compile; the default needs no C++ compiler.
+    """
+
+    activities = (ProfilerActivity.CPU,)
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, compile_backend: str = "aot_eager") -> None:
+        self.device = torch.device("cpu")
+        self.name = "CPU (a rehearsal: times mean nothing)"
+        self._clock = clock
+        self._compile_backend = compile_backend
+
+    def synchronize(self) -> None:
+        pass
+
+    def time(self, function: Call, i: int) -> Callable[[], float]:
+        start = self._clock()
+        function(i)
+        elapsed = (self._clock() - start) * 1e3
+        return lambda: elapsed
+
+    def peak_bytes(self, function: Call) -> int | None:
+        function(0)
+        return None
+
+    def in_graph(self, function: Call) -> Call:
+        return lambda i: function(0)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return torch.compile(model, backend=self._compile_backend)  # type: ignore[return-value]
+
+    @staticmethod
+    def is_launch(event: Any) -> bool:
+        return event.key.startswith("aten::")
+
+    def rates(self) -> Rates:
+        return self._rates(elements=2**22, size=256)

@@ -1,0 +1,60 @@
+"""Work through a list of cases, each base made once, whatever any of them does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from bench.cases import DIRECTIONS, Case
+from bench.files import FileMeasurement
+from bench.floors import Rates
+from bench.machine import Machine
+from bench.providers import PROVIDERS, Provider
+from bench.records import Record
+from bench.runner import Effort, Measurement, blank
+from bench.workloads import make_base
+
+Work = tuple[Case, str]
+
+
+def work_of(cases: Sequence[Case], wanted: Callable[[str], bool]) -> list[Work]:
+    """The cases in their directions, those that are wanted by their id. Files are saved and loaded in one go."""
+    found = []
+    for case in cases:
+        directions = ("files",) if case.suite == "load" else DIRECTIONS[case.suite]
+        found += [(case, direction) for direction in directions if wanted(case.id(direction))]
+    return found
+
+
+def measure(
+    work: Sequence[Work],
+    machine: Machine,
+    rates: Rates,
+    effort: Effort,
+    providers: Sequence[Provider] = PROVIDERS,
+) -> Iterator[tuple[Work, list[Record]]]:
+    """Yield the records of each piece of work as soon as it is done."""
+    kept: tuple[tuple[str, str, str], nn.Module] | None = None
+    for case, direction in work:
+        key = (case.suite, case.shape, case.dtype)
+        try:
+            if kept is None or kept[0] != key:
+                kept = None
+                gc.collect()
+                kept = (key, make_base(case, machine.device))
+            if case.suite == "load":
+                records = FileMeasurement(case, machine, effort, kept[1]).run()
+            else:
+                records = Measurement(case, direction, machine, rates, effort, kept[1]).run(providers)
+        except Exception as error:
+            # The machine's memory may have run out, say; the next case may be smaller.
+            reason = f"{type(error).__name__}: {error}"[:500]
+            records = [blank(case, direction, "all", status="failed", reason=reason)]
+        yield (case, direction), records
+        gc.collect()
+        torch._dynamo.reset()
+        if machine.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,159 @@
+"""What a person sees: a bar while it runs, tables at the end; plain text where rich is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+from bench.records import Record
+
+COLUMNS = ("provider", "ms", "20 %..80 %", "/ base", "/ PEFT", "floor", "launches", "MiB", "error")
+
+
+def has_rich() -> bool:
+    return importlib.util.find_spec("rich") is not None
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if value < 100 else f"{value:,.0f}"
+
+
+def row(record: Record) -> list[str]:
+    """The cells of one record; what has no time says why not."""
+    if record.status != "ok":
+        return [record.provider, record.status, record.reason or ""]
+    spread = f"{_number(record.q20_ms)}..{_number(record.q80_ms)}"
+    error = "" if record.max_rel_err is None else f"{record.max_rel_err:.0e}"
+    return [
+        record.provider,
+        _number(record.median_ms),
+        spread,
+        _number(record.ratio_to_base, 2),
+        _number(record.ratio_to_peft, 2),
+        _number(record.floor_ms),
+        "" if record.launches is None else str(record.launches),
+        _number(record.peak_mib, 1) if record.bytes_on_disk is None else f"{record.bytes_on_disk:,} B",
+        error,
+    ]
+
+
+def by_case(records: Iterable[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """Neighbouring records of one case and direction, with their common id."""
+    for key, group in groupby(records, key=lambda r: r.id().rpartition("/")[0]):
+        yield key, list(group)
+
+
+def show(records: Sequence[Record], stream: Any = None) -> None:
+    """Print one table for each case and direction."""
+    stream = stream or sys.stdout
+    for title, group in by_case(records):
+        if has_rich():
+            _show_rich(title, group, stream)
+        else:
+            _show_plain(title, group, stream)
+
+
+def _show_rich(title: str, records: list[Record], stream: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    notes = []
+    for record in records:
+        cells = row(record)
+        if record.status == "ok":
+            table.add_row(*map(Text, cells))
+        else:
+            table.add_row(Text(cells[0]), Text(cells[1], style="red" if record.status == "wrong" else "dim"))
+            notes.append(f"  {cells[0]}: {cells[1]}: {cells[2]}")
+    console = Console(file=stream, width=None if stream.isatty() else 120)
+    console.print(table)
+    for note in notes:
+        console.print(Text(note))
+
+
+def _show_plain(title: str, records: list[Record], stream: Any) -> None:
+    print(f"\n{title}", file=stream)
+    print("".join(f"{name:>16}" if i else f"{name:22}" for i, name in enumerate(COLUMNS)), file=stream)
+    for record in records:
+        cells = row(record)
+        if record.status == "ok":
+            print("".join(f"{cell:>16}" if i else f"{cell:22}" for i, cell in enumerate(cells)), file=stream)
+        else:
+            print(f"{cells[0]:22}{cells[1]:>16}  {cells[2]}", file=stream)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Any]:
+    """Yield a function to call with the name of what comes next; it moves a bar, or prints a line."""
+    if has_rich() and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=total)
+            count = 0
+
+            def step(name: str) -> None:
+                nonlocal count
+                bar.update(task, description=name, completed=count)
+                count += 1
+
+            yield step
+        return
+    count = 0
+
+    def line(name: str) -> None:
+        nonlocal count
+        count += 1
+        print(f"[{count}/{total}] {name}", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def show_floors(rows: list[dict[str, float]], stream: Any = None) -> None:
+    """Print what plans of kernels cost over the base alone."""
+    stream = stream or sys.stdout
+    plans = ("peft", "separate", "grouped", "epilogue")
+    print("One layer of Llama-2-7B over its frozen base alone, computed: forward / backward", file=stream)
+    print(f"{'tokens':>8}" + "".join(f"{plan:>16}" for plan in plans), file=stream)
+    for entry in rows:
+        cells = [f"{entry[plan + '_fwd']:.2f} / {entry[plan + '_bwd']:.2f}" for plan in plans]
+        print(f"{entry['M']:>8.0f}" + "".join(f"{cell:>16}" for cell in cells), file=stream)
+
+
+def show_ratios(records: Sequence[Record], stream: Any = None) -> None:
+    """Print one line for each case on a CPU: ours, PEFT's, the ratio, the noise, and what each keeps for backward."""
+    stream = stream or sys.stdout
+    head = ("case", "ours ms", "PEFT ms", "ratio", "noise", "ours KiB kept", "PEFT KiB kept")
+    print(f"{head[0]:58}" + "".join(f"{name:>14}" for name in head[1:]), file=stream)
+    for title, group in by_case(records):
+        by_name = {r.provider: r for r in group}
+        # PEFT's record of a file's form is named after the form, that of a layer is not.
+        for name in (name for name in by_name if name.startswith("ours_")):
+            kind = name.removeprefix("ours_")
+            rival = "peft" if kind == "reference" else f"peft_{kind}"
+            label = title if kind == "reference" else f"{title}/{kind}"
+            print(f"{label:58}" + _ratio_cells(by_name[name], by_name.get(rival), by_name), file=stream)
+
+
+def _ratio_cells(mine: Record, other: Record | None, by_name: dict[str, Record]) -> str:
+    problems = [f"{r.provider} {r.status}: {r.reason}" for r in (mine, other) if r and r.status != "ok"]
+    if problems or other is None:
+        return "  " + "; ".join(problems or ["PEFT was not measured"])
+    base, again = by_name.get("base"), by_name.get("base_again")
+    cells = [_number(mine.median_ms), _number(other.median_ms), _number(mine.ratio_to_peft), ""]
+    if base and again and base.median_ms and again.median_ms:
+        cells[-1] = f"{abs((again.ratio_to_base or 0) - 1):.1%}"
+    cells += [_number(mine.saved_kib, 0), _number(other.saved_kib, 0)]
+    return "".join(f"{cell:>14}" for cell in cells)
