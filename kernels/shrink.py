@@ -234,24 +234,24 @@ def launch_shrink_bwd(
     vector_bank: Tensor,
     selected: Selected,
     dropout: Dropout,
+    dx: Tensor | None,
     *,
-    need_dx: bool,
     need_dA: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tensor | None:
     """dx = dropout'(ds A) and dA = ds^T dropout(x), in one pass over x.
 
     Args:
         x: (M, K), any strides.
         ds: (M, r) fp32, contiguous.
         vector_bank, selected, dropout: as in `launch_shrink_fwd`.
+        dx: (M, K) in x's dtype, contiguous, written; None where not needed.
     Returns:
-        dx (M, K) in x's dtype, and dA (planes, r, K) fp32, to be added up in order; None where not needed.
+        dA, (planes, r, K) fp32, to be added up in order; None where not needed.
     """
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
     config = tuning.two_products(M, K, x.dtype, r)
     planes = triton.cdiv(M, config["ROWS"])
-    dx = torch.empty((M, K), dtype=x.dtype, device=x.device) if need_dx else None
     dA = torch.empty((planes, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(
         _shrink_bwd_kernel,
@@ -277,9 +277,9 @@ def launch_shrink_bwd(
         TOPK=selected.indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
         DROPOUT=dropout.seed is not None,
-        NEED_DX=need_dx,
+        NEED_DX=dx is not None,
         NEED_DA=need_dA,
         **(tuning.rank_layout(x.dtype, r) | tuning.product_layout(x.dtype, r)),
         **config,
     )
-    return dx, dA
+    return dA

@@ -113,12 +113,12 @@ def saved_bytes(function, given):
     return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
-def test_vblora_keeps_its_selection_and_s_and_vera_its_two_products():
+def test_vblora_keeps_s_its_selection_and_its_matrices_and_vera_its_two_products():
     case = LinearCase(M=64, K=256, N=512, r=4, h=60, b=64, k=2, device="cpu")
     tensors = [t for name, t in case.tensors().items() if name != "dy"]
     rows = 4 * (256 + 512) // 64
     kept = saved_bytes(lambda: ops.vblora_linear(*tensors, case.k), tensors)
-    assert kept == case.M * case.r * 4 + rows * case.k * (8 + 4)
+    assert kept == case.M * case.r * 4 + rows * case.k * (8 + 4) + case.r * (case.K + case.N) * 4
     case = VeraCase(M=64, K=256, N=512, r=32, device="cpu")
     tensors = case.tensors()
     kept = saved_bytes(lambda: ops.vera_linear(*arguments(tensors)), list(tensors.values()))
@@ -146,3 +146,19 @@ def test_transforms_and_forward_derivatives_get_the_reference(method):
     torch.testing.assert_close(torch.func.grad(lambda x: function(x, *rest).sum())(x.detach()), grad)
     _, tangent = torch.func.jvp(lambda x: function(x, *rest).sum(), (x.detach(),), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, grad.sum())
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_gradients_of_an_input_that_several_layers_read_are_added_in_place(method):
+    from torch.profiler import ProfilerActivity, profile
+
+    sizes = {"batch": (2, 35), "K": 48, "N": 48}
+    case = VeraCase(**sizes) if method == "vera" else LinearCase(**sizes)
+    tensors = case.tensors()
+    x, *rest = arguments(tensors) if method == "vera" else [*(t for n, t in tensors.items() if n != "dy"), case.k]
+    rest[0] = rest[0].detach()
+    y = sum(getattr(ops, f"{method}_linear")(x, *rest) for _ in range(3))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        y.backward(tensors["dy"])
+    sums = [e.name for e in profiled.events() if e.name.startswith("aten::add") and list(x.shape) in e.input_shapes]
+    assert sums == ["aten::add_"] * 2

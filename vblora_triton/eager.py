@@ -1,8 +1,8 @@
 """Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
 
-VB-LoRA keeps x, s and its selection, and mixes A and B again in backward; VeRA keeps its projection p and the product
-q = (lambda_d p) B^T, but nothing else of their size is made. `reference` says what is computed, and takes over where
-these cannot go: under compilers and transforms, for second derivatives, and with dropout.
+VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps its projection p and
+q = (lambda_d p) B^T. `reference` says what is computed, and takes over where these cannot go: under compilers and
+transforms, for second derivatives, and with dropout.
 """
 
 import torch
@@ -24,16 +24,11 @@ def fits(*tensors: Tensor | None) -> bool:
 
 
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """`reference.select` without sorting everything."""
-    if logits.dtype == torch.float64:
+    """`reference.select` without sorting, but where a tie or a NaN among the first topk + 1 needs it."""
+    values, indices = logits.topk(min(topk + 1, logits.shape[-1]), dim=-1)
+    if not (values[..., 1:] < values[..., :-1]).all():
         return reference.select(logits, topk)
-    # As whole numbers in the same order, NaN above all and -0 equal to 0; below them the index, the lowest last.
-    bits = (logits.float() + 0.0).view(torch.int32)
-    order = torch.where(logits.isnan(), 2**31 - 1, bits ^ ((bits >> 31) & (2**31 - 1))).long()
-    h = logits.shape[-1]
-    keys = order * 2**32 + torch.arange(h - 1, -1, -1, device=logits.device)
-    indices = keys.topk(topk, dim=-1).indices
-    return indices, logits.gather(-1, indices).softmax(-1)
+    return indices[..., :topk].contiguous(), values[..., :topk].softmax(-1)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -64,57 +59,60 @@ def vblora_linear(
 
 
 class _VBLoRALinear(torch.autograd.Function):
+    # Every step as autograd does it for the reference, to the bit: in training a rounding can turn a later selection.
+
     @staticmethod
     def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, same_bank, topk, in_place):
-        selected = (*select(logits_A, topk), *select(logits_B, topk))
-        A, B = _mix(*selected, vector_bank, same_bank)
-        dtype = _wide(x, A)
+        selected_A, selected_B = select(logits_A, topk), select(logits_B, topk)
+        # A, (r, in), and B, (out, r).
+        A = reference.compose_selected(*selected_A, vector_bank).flatten(1)
+        B = reference.compose_selected(*selected_B, vector_bank).transpose(1, 2).flatten(0, 1)
+        dtype = torch.promote_types(x.dtype, A.dtype)
         s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
-        # Every step as autograd does it for the reference, to the bit: a rounding can turn a later selection.
-        update = (s @ B.T.to(dtype)).view(*x.shape[:-1], B.shape[0])
-        ctx.save_for_backward(x, s, *selected, vector_bank)
-        ctx.shapes = (logits_A.shape, logits_B.shape)
+        ctx.save_for_backward(x, s, *selected_A, *selected_B, A, B, vector_bank)
+        ctx.num_vectors = logits_A.shape[-1]
         if in_place:
             ctx.mark_dirty(base_out)
+        update = (s @ B.T.to(dtype)).view(*x.shape[:-1], B.shape[0])
         return _add(x, base_out, update, in_place)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        x, s, indices_A, weights_A, indices_B, weights_B, bank = ctx.saved_tensors
+        x, s, indices_A, weights_A, indices_B, weights_B, A, B, bank = ctx.saved_tensors
         need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
-        # The gradients of the mixing are autograd's, from a graph of the mixing alone.
-        parts = [t.detach().requires_grad_() for t in (weights_A, bank, weights_B, bank)]
-        with torch.enable_grad():
-            A, B = _mix(indices_A, parts[0], indices_B, parts[2], parts[1], parts[3])
-        dy_rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
-        ds = dy_rows @ B.detach().to(s.dtype)
-        dx = (ds @ A.detach().to(s.dtype)).to(x.dtype).view(x.shape) if need_x else None
-        d_logits_A = d_logits_B = d_bank_A = d_bank_B = None
+        dtype, h = s.dtype, ctx.num_vectors
+        dy_rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        ds = dy_rows @ B.to(dtype)
+        dx = d_logits_A = d_logits_B = d_bank_A = d_bank_B = None
+        if need_x:
+            dx = _input_grad(ds, A.to(dtype), x.shape, x.dtype)
         if need_A or need_bank:
-            dA = ds.T @ x.reshape(-1, x.shape[-1]).to(s.dtype)
-            dw, d_bank_A = torch.autograd.grad(A, parts[:2], dA.to(A.dtype))
-            d_logits_A = _logits_grad(indices_A, weights_A, dw, ctx.shapes[0])
+            d_rows = (ds.T @ x.reshape(-1, x.shape[-1]).to(dtype)).to(bank.dtype).view(*indices_A.shape[:2], -1)
+            d_logits_A, d_bank_A = _mixing_grads(d_rows, indices_A, weights_A, bank, h)
         if need_B or need_bank:
-            dw, d_bank_B = torch.autograd.grad(B, parts[2:], (dy_rows.T @ s).to(B.dtype))
-            d_logits_B = _logits_grad(indices_B, weights_B, dw, ctx.shapes[1])
+            tiles, r = indices_B.shape[:2]
+            d_rows = (dy_rows.T @ s).to(bank.dtype).view(tiles, bank.shape[1], r).transpose(1, 2)
+            d_logits_B, d_bank_B = _mixing_grads(d_rows, indices_B, weights_B, bank, h)
         # B's share of the bank's gradient first, as the reference's graph has it.
         return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank_B, d_bank_A, None, None
 
 
-def _mix(
-    indices_A: Tensor, weights_A: Tensor, indices_B: Tensor, weights_B: Tensor, bank_A: Tensor, bank_B: Tensor
+def _mixing_grads(
+    d_rows: Tensor, indices: Tensor, weights: Tensor, bank: Tensor, num_vectors: int
 ) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r)."""
-    rows_A = reference.compose_selected(indices_A, weights_A, bank_A)
-    rows_B = reference.compose_selected(indices_B, weights_B, bank_B)
-    return rows_A.flatten(1), rows_B.transpose(1, 2).flatten(0, 1)
+    """The gradients of logits and bank: dlogits[index_k] = w_k (g_k - sum_j w_j g_j), g_k = d_rows . bank[index_k]."""
+    d_mixed = d_rows.unsqueeze(-2).to(torch.promote_types(weights.dtype, bank.dtype))
+    d_weights = (d_mixed * bank[indices]).sum(-1).to(weights.dtype)
+    d_logits = torch.zeros((*indices.shape[:-1], num_vectors), dtype=weights.dtype)
+    d_logits.scatter_(-1, indices, torch._softmax_backward_data(d_weights, weights, -1, weights.dtype))
+    d_vectors = (d_mixed * weights.unsqueeze(-1)).to(bank.dtype)
+    return d_logits, torch.zeros_like(bank).index_put_((indices,), d_vectors, accumulate=True)
 
 
-def _logits_grad(indices: Tensor, weights: Tensor, d_weights: Tensor, shape: torch.Size) -> Tensor:
-    """dlogits[index_k] = w_k (dw_k - sum_j w_j dw_j), and zero elsewhere."""
-    grad = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-    return torch.zeros(shape, dtype=weights.dtype).scatter_(-1, indices, grad)
+def _input_grad(left: Tensor, right: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """left @ right in this shape and dtype; no view, so that autograd can add to it in place."""
+    return (left.view(*shape[:-1], left.shape[1]) @ right).to(dtype)
 
 
 def vera_linear(
@@ -163,5 +161,5 @@ class _VeraLinear(torch.autograd.Function):
             if need_d:
                 d_lambda_d = (du * p).sum(0).to(lambda_d.dtype)
             if need_x:
-                dx = (du.mul_(lambda_d) @ A).to(ctx.x_dtype).view(ctx.x_shape)
+                dx = _input_grad(du.mul_(lambda_d), A, ctx.x_shape, ctx.x_dtype)
         return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None

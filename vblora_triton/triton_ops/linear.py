@@ -211,13 +211,16 @@ def _backward(
         return [grad.zero_() for grad in empty]
     x_rows, dy_rows, bank = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), vector_bank.contiguous()
     selected_A, selected_B = Selected(indices_A, weights_A), Selected(indices_B, weights_B)
-    dx = dA = None
+    # Of x's shape from the start: a view of it autograd could not add to in place.
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    dA = None
     with on_device(x.device):
         ds_planes, dB = launch_expand_bwd(dy_rows, s, bank, selected_B, need_ds=need_x or need_dA, need_dB=need_dB)
         if ds_planes is not None:
             dropout = Dropout.of(dropout_p, seed)
             ds = launch_sum_planes(ds_planes)
-            dx, dA = launch_shrink_bwd(x_rows, ds, bank, selected_A, dropout, need_dx=need_x, need_dA=need_dA)
+            dx_rows = None if dx is None else dx.view(x_rows.shape)
+            dA = launch_shrink_bwd(x_rows, ds, bank, selected_A, dropout, dx_rows, need_dA=need_dA)
         grads = launch_parameter_grads(
             dA,
             dB,
@@ -230,7 +233,7 @@ def _backward(
             need_logits_B=need_logits_B,
             need_bank=need_bank,
         )
-    return [g for g in (None if dx is None else dx.view(x.shape), *grads) if g is not None]
+    return [g for g in (dx, *grads) if g is not None]
 
 
 def _logits_shapes(indices_A: Tensor, indices_B: Tensor, bank: Tensor) -> tuple[torch.Size, torch.Size]:
