@@ -20,12 +20,14 @@ from bench.environment import environment
 ROOT = Path(__file__).parents[1]
 TESTS = [
     "test_ops.py",
+    "test_vera_ops.py",
     "test_gpu.py",
     "test_dropout.py",
     "test_selection.py",
     "test_ledger.py",
     "test_compile.py",
     "vblora",
+    "vera",
 ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from vblora_triton.kernels.aot import SHARED_LIMIT, TARGETS, compiling, sass
-from vblora_triton.triton_ops import compose, linear
+from vblora_triton.triton_ops import compose, linear, vera
 
 # (name, in, out) of the linears that ship: Llama-2-7B, and of Llama-3-70B those of other shapes.
 SHAPES = {
@@ -39,6 +39,17 @@ def launch_all(
     compose._forward(logits_A, bank, k)
 
 
+def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0):
+    """Forward and backward of one linear adapted by VeRA, on meta tensors: every launch that ships."""
+    meta = {"device": "meta"}
+    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
+    lambda_b, lambda_d, A, B = (torch.empty(shape, **meta) for shape in ((N,), (r,), (r, K), (N, r)))
+    seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
+    projection = vera._project(x, A, dtype == torch.float32, p, seed)
+    y = vera._linear_fwd(x, base, lambda_b, lambda_d, A, B, *projection, p, seed)
+    vera._backward(y, lambda_b, lambda_d, A, B, *projection, list(x.shape), dtype, p, seed, [True] * 3)
+
+
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.
 ODD = (
     {"shape": "ones", "K": 8, "N": 8, "M": 1, "h": 1, "b": 8, "r": 1, "k": 1, "dtype": "bf16"},
@@ -55,7 +66,14 @@ def cases(names: list[str]) -> Iterator[dict]:
         for M in TOKENS:
             for h in (256, 2048):
                 yield {"shape": name, "K": K, "N": N, "M": M, "h": h, "dtype": "bf16"}
+    yield {"method": "vera", "shape": "odd", "K": 97, "N": 143, "M": 131, "r": 20, "dtype": "bf16"}
+    for name in names:
+        K, N = SHAPES[name]
+        for M in TOKENS:
+            yield {"method": "vera", "shape": name, "K": K, "N": N, "M": M, "dtype": "bf16"}
     K, N = SHAPES[names[0]]
+    for change in ({"dtype": "fp16"}, {"dtype": "fp32"}, {"p": 0.1}, {"r": 1024}, {"r": 16}):
+        yield {"method": "vera", "shape": names[0], "K": K, "N": N, "M": 4096, "dtype": "bf16"} | change
     for change in (
         {"dtype": "fp16"},
         {"dtype": "fp32"},
@@ -82,9 +100,10 @@ def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
     seen: set[int] = set()
     for target in targets:
         for case in cases(names):
-            arguments = {key: value for key, value in case.items() if key not in ("shape", "dtype")}
+            arguments = {key: value for key, value in case.items() if key not in ("method", "shape", "dtype")}
+            launch = launch_all_vera if case.get("method") == "vera" else launch_all
             with compiling(target) as compiled:
-                launch_all(**arguments, dtype=DTYPES[case["dtype"]])
+                launch(**arguments, dtype=DTYPES[case["dtype"]])
             for kernel in compiled:
                 # Equal choices give the very same object.
                 if id(kernel) in seen:
@@ -122,13 +141,14 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    print(f"{'kernel':26} {'chip':7} {'case':46} {'tiles':42} {'regs':>4} {'shared':>7} {'spills':>6}")
+    print(f"{'kernel':26} {'chip':7} {'case':50} {'tiles':42} {'regs':>4} {'shared':>7} {'spills':>6}")
     for row in rows:
         extra = "".join(f" {key}{row[key]}" for key in ("r", "p", "b", "k") if key in row)
-        case = f"{row['shape']} M{row['M']} h{row['h']} {row['dtype']}{extra}"
+        bank = f" h{row['h']}" if "h" in row else ""
+        case = f"{row.get('method', 'vblora')} {row['shape']} M{row['M']}{bank} {row['dtype']}{extra}"
         tiles = " ".join(f"{key.removeprefix('BLOCK_')}{row[key]}" for key in row if key.startswith("BLOCK"))
         print(
-            f"{row['kernel'].strip('_'):26} {row['target']:7} {case:46} {tiles:42} "
+            f"{row['kernel'].strip('_'):26} {row['target']:7} {case:50} {tiles:42} "
             f"{row['registers']:4} {row['shared']:7} {row['spills']:6}"
         )
 

@@ -5,6 +5,17 @@ import torch
 from vblora_triton import ops
 
 
+def run_vera(M: int, K: int, N: int, r: int, dtype: torch.dtype) -> None:
+    x = torch.randn(M, K, device="cuda", dtype=dtype, requires_grad=True)
+    base = torch.randn(M, N, device="cuda", dtype=dtype, requires_grad=True)
+    lambda_b, lambda_d = (torch.randn(n, device="cuda", requires_grad=True) for n in (N, r))
+    A, B = torch.randn(r, K + 3, device="cuda"), torch.randn(N + 5, r, device="cuda")
+    for p in (0.0, 0.5):
+        y = ops.vera_linear(x, base, lambda_b, lambda_d, A, B, dropout_p=p, training=True, backend="triton")
+        y.backward(torch.randn_like(y))
+    ops.vera_linear_(x, base * 1, lambda_b, lambda_d, A, B, backend="triton").sum().backward()
+
+
 def main() -> None:
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -27,6 +38,7 @@ def main() -> None:
             selection = ops.select(logits_A, logits_B, k, backend="triton")
             ops.vblora_linear_selected(x, base, *selection, bank, backend="triton").sum().backward()
             ops.compose(logits_A, bank, k, backend="triton").sum().backward()
+            run_vera(M, K, N, 4 * r, dtype)
     torch.cuda.synchronize()
     print("all kernels ran")
 

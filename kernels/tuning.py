@@ -146,3 +146,79 @@ def sum_planes() -> dict[str, int]:
 
 def compose(vector_length: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 16, "BLOCK_C": min(128, max(16, power_of_2(vector_length))), "num_warps": 4}
+
+
+# Rows up to which a product with a projection costs its reading whatever its terms, and p is too small to be packed.
+FEW_VERA_ROWS = 64
+
+
+def packs(M: int, wide: bool) -> bool:
+    """Whether p is kept in 16 bits: with many rows, of activations that are not fp32 throughout (`wide`)."""
+    return not wide and M > FEW_VERA_ROWS
+
+
+def activation_terms(dtype: torch.dtype, wide: bool) -> dict[str, int]:
+    """bf16 terms of an activation and of an fp32 matrix in their product (kernels/product.py).
+
+    The activation's own bits all count; of the matrix 16 do, or 8 where `torch.get_float32_matmul_precision()` is
+    "medium", which allows as much.
+
+    Args:
+        wide: activations are fp32 throughout; then they are multiplied as such.
+    """
+    if wide:
+        return {"X_TERMS": 0, "W_TERMS": 0}
+    if torch.get_float32_matmul_precision() == "medium":
+        return {"X_TERMS": 1, "W_TERMS": 1}
+    return {"X_TERMS": 1 if dtype == torch.bfloat16 else 2, "W_TERMS": 2}
+
+
+def rank_terms(M: int, dtype: torch.dtype, wide: bool) -> dict[str, int]:
+    """bf16 terms of two fp32 matrices in their product, for a result in `dtype`.
+
+    One of each for bf16, which together round no more than the result itself does; two where they cost nothing.
+    """
+    if wide:
+        return {"X_TERMS": 0, "W_TERMS": 0}
+    medium = torch.get_float32_matmul_precision() == "medium"
+    count = 1 if medium or (dtype == torch.bfloat16 and M > FEW_VERA_ROWS) else 2
+    return {"X_TERMS": count, "W_TERMS": count}
+
+
+def product(M: int, N: int, terms: dict[str, int], planes: bool = False, drops: bool = False) -> dict[str, int]:
+    """Tile of a product's result, and how deep one step is.
+
+    As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m bench.kernels_report).
+
+    Args:
+        planes: X is added up from planes. drops: dropout of X or of the result.
+    """
+    rows, columns, depth, warps = 64, 64, 32, 4
+    if terms["X_TERMS"] == 0:
+        columns, warps = 32, 8
+    elif M > 1024 and N >= 128 and not drops and terms["X_TERMS"] == 1:
+        rows, columns, warps = 128, 128, 8
+        depth = 64 if terms["W_TERMS"] == 1 and not planes else 32
+    elif planes:
+        warps = 8
+    if M <= FEW_ROWS:
+        rows, warps = 16, 4
+    columns = max(16, min(columns, power_of_2(N)))
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "num_warps": warps, "num_stages": 1 if planes else 2}
+
+
+def product_splits(M: int, N: int, K: int, terms: dict[str, int]) -> int:
+    """Programs that share the depth K of one tile; each adds a plane of M x N, which stay small beside the M x K."""
+    config = product(M, N, terms)
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    depth = cdiv(cdiv(K, max(1, min(PROGRAMS // tiles, cdiv(K, 256)))), config["BLOCK_K"]) * config["BLOCK_K"]
+    return cdiv(K, depth)
+
+
+def pack_rows(r: int) -> dict[str, int]:
+    r_pad = power_of_2(r)
+    return {"R_PAD": r_pad, "BLOCK_M": max(1, 2048 // r_pad), "num_warps": 4}
+
+
+def sum_parts() -> dict[str, int]:
+    return {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4}

@@ -28,9 +28,7 @@ class LinearCase:
 
     def __str__(self) -> str:
         size = f"M{self.M}" if self.batch is None else "M" + "x".join(map(str, self.batch or ("scalar",)))
-        dtypes = (
-            f"{self.dtype}-{self.parameter_dtype}".replace("torch.", "").replace("float", "fp").replace("bfp", "bf")
-        )
+        dtypes = name_of_dtypes(self.dtype, self.parameter_dtype)
         extra = ("" if self.base else "-nobase") + ("" if self.layout == "contiguous" else f"-{self.layout}")
         return f"{size}-K{self.K}-N{self.N}-r{self.r}-h{self.h}-b{self.b}-k{self.k}-{dtypes}{extra}"
 
@@ -48,22 +46,16 @@ class LinearCase:
             "logits_B": normal(self.N // self.b, self.r, self.h),
             "vector_bank": bank,
         }
-        activations = {"x": self._laid_out(normal, *batch, self.K), "base_out": self._laid_out(normal, *batch, self.N)}
-        dy = self._laid_out(normal, *batch, self.N).to(self.device)
+        activations = {
+            "x": laid_out(self.layout, normal, *batch, self.K),
+            "base_out": laid_out(self.layout, normal, *batch, self.N),
+        }
+        dy = laid_out(self.layout, normal, *batch, self.N).to(self.device)
         tensors = {name: t.to(self.device, self.dtype) for name, t in activations.items()}
         tensors |= {name: t.to(self.device, self.parameter_dtype) for name, t in parameters.items()}
         if not self.base:
             del tensors["base_out"]
         return {name: t.requires_grad_() for name, t in tensors.items()} | {"dy": dy.to(self.dtype)}
-
-    def _laid_out(self, normal: Callable[..., Tensor], *shape: int) -> Tensor:
-        if self.layout == "contiguous":
-            return normal(*shape)
-        if self.layout == "transposed":
-            return normal(*reversed(shape)).permute(*reversed(range(len(shape))))
-        if self.layout == "gaps":
-            return normal(*shape[:-1], 2 * shape[-1])[..., ::2]
-        raise ValueError(self.layout)
 
     def run(self, function: Callable[..., Tensor], tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
         """The output, as "y", and the gradient of each input for dy."""
@@ -71,6 +63,22 @@ class LinearCase:
         y = function(*(inputs.get(name) for name in NAMES), self.k, **options)
         grads = torch.autograd.grad(y, list(inputs.values()), tensors["dy"])
         return {"y": y, **dict(zip(inputs, grads, strict=True))}
+
+
+def laid_out(layout: str, normal: Callable[..., Tensor], *shape: int) -> Tensor:
+    """A tensor of this shape by `normal(*shape)`: contiguous, transposed, or with gaps between its elements."""
+    if layout == "contiguous":
+        return normal(*shape)
+    if layout == "transposed":
+        return normal(*reversed(shape)).permute(*reversed(range(len(shape))))
+    if layout == "gaps":
+        return normal(*shape[:-1], 2 * shape[-1])[..., ::2]
+    raise ValueError(layout)
+
+
+def name_of_dtypes(*dtypes: torch.dtype) -> str:
+    """Such as "bf16-fp32"."""
+    return "-".join(map(str, dtypes)).replace("torch.", "").replace("float", "fp").replace("bfp", "bf")
 
 
 def in_float64(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import torch
 
 from tests.linear_case import LinearCase, in_float64
 from tests.tolerance import assert_as_exact_as_eager
+from tests.vera_case import VeraCase
 from vblora_triton import ops, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,6 +29,25 @@ def test_linear_and_each_gradient_are_as_exact_as_eager_at_full_size(case):
     eager = case.run(reference.vblora_linear, tensors)
     for name, value in case.run(ops.vblora_linear, tensors, backend="triton").items():
         assert_as_exact_as_eager(value, eager[name], truth[name], case.dtype, name)
+
+
+VERA = [
+    VeraCase(M=M, **shape, r=r, dtype=dtype)
+    for shape, M, r in ((Q, 4096, 256), (Q, 1, 256), (GATE, 300, 1024), (DOWN, 16, 256), (GQA_K, 16384, 256))
+    for dtype in DTYPES
+]
+VERA += [VeraCase(M=4000, **Q, r=r, dtype=torch.bfloat16) for r in (4, 16, 100)]
+# Under autocast.
+VERA += [VeraCase(M=4000, **Q, r=256, dtype=torch.float32, base_dtype=torch.bfloat16)]
+
+
+@pytest.mark.parametrize("case", VERA, ids=str)
+def test_vera_and_each_gradient_are_as_exact_as_eager_at_full_size(case):
+    tensors = case.tensors()
+    truth = case.run(reference.vera_linear, in_float64(tensors))
+    eager = case.run(reference.vera_linear, tensors)
+    for name, value in case.run(ops.vera_linear, tensors, backend="triton").items():
+        assert_as_exact_as_eager(value, eager[name], truth[name], case.base_dtype or case.dtype, name)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -62,6 +82,16 @@ def test_20_runs_are_bitwise_equal_at_full_size(case, dropout_p):
         assert all(torch.equal(value, first[name]) for name, value in run().items())
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_20_runs_of_vera_are_bitwise_equal_at_full_size(dtype):
+    case = VeraCase(M=4096, **GATE, r=256, dtype=dtype)
+    tensors = case.tensors()
+    first = case.run(ops.vera_linear, tensors, backend="triton")
+    for _ in range(19):
+        again = case.run(ops.vera_linear, tensors, backend="triton")
+        assert all(torch.equal(value, first[name]) for name, value in again.items())
+
+
 def test_an_activation_of_more_than_2_to_the_31_elements_is_right_to_its_last_row():
     rows, N = 2**19 + 300, 4096 + 256
     case = LinearCase(M=4, K=256, N=N, h=64, b=256, dtype=torch.bfloat16)
@@ -80,12 +110,32 @@ def test_an_activation_of_more_than_2_to_the_31_elements_is_right_to_its_last_ro
         assert_as_exact_as_eager(value, expected.to(value.dtype), expected, torch.bfloat16, what)
 
 
+def test_vera_is_right_to_the_last_row_of_more_than_2_to_the_31_elements():
+    rows, N = 2**19 + 300, 4096 + 256
+    case = VeraCase(M=4, K=64, N=N, r=16, dtype=torch.bfloat16)
+    frozen = {name: t for name, t in case.tensors().items() if name in ("lambda_b", "lambda_d", "A", "B")}
+    x = torch.randn(rows, case.K, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    base = torch.randn(rows, N, device="cuda", dtype=torch.bfloat16)
+    y = ops.vera_linear(x, base, *frozen.values(), backend="triton")
+    y.backward(base)
+    last = slice(rows - 70, rows)
+    part = x.detach()[last].double().requires_grad_()
+    truth = reference.vera_linear(part, base[last].double(), *(t.detach().double() for t in frozen.values()))
+    (dx,) = torch.autograd.grad(truth, part, base[last].double())
+    for value, expected, what in ((y[last], truth, "y"), (x.grad[last], dx, "x")):
+        assert_as_exact_as_eager(value, expected.to(value.dtype), expected, torch.bfloat16, what)
+
+
 def test_forward_and_backward_never_wait_for_the_gpu():
-    case = LinearCase(M=300, **Q, h=256, b=256, dtype=torch.bfloat16)
-    tensors = case.tensors()
-    case.run(ops.vblora_linear, tensors, backend="triton", dropout_p=0.1, training=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        case.run(ops.vblora_linear, tensors, backend="triton", dropout_p=0.1, training=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    options = {"backend": "triton", "dropout_p": 0.1, "training": True}
+    for case, function in (
+        (LinearCase(M=300, **Q, h=256, b=256, dtype=torch.bfloat16), ops.vblora_linear),
+        (VeraCase(M=300, **Q, r=256, dtype=torch.bfloat16), ops.vera_linear),
+    ):
+        tensors = case.tensors()
+        case.run(function, tensors, **options)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            case.run(function, tensors, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

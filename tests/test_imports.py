@@ -18,10 +18,10 @@ RULES = [
     ("vblora_triton/**/config.py", {"vblora_triton.tuner.config", "vblora_triton.hub"}),
     ("vblora_triton/checks.py", {"torch"}),
     ("vblora_triton/triton_ops/", {"torch", "vblora_triton.kernels", "vblora_triton.triton_ops"}),
-    ("vblora_triton/backends.py", {"torch", "vblora_triton.triton_ops"}),
+    ("vblora_triton/dispatch.py", {"torch", "vblora_triton.triton_ops"}),
     (
         "vblora_triton/ops.py",
-        {"torch", *(f"vblora_triton.{name}" for name in ("backends", "checks", "reference", "triton_ops"))},
+        {"torch", *(f"vblora_triton.{name}" for name in ("dispatch", "checks", "reference", "triton_ops"))},
     ),
 ]
 

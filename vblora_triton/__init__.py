@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from vblora_triton.backends import use_backend
+    from vblora_triton.dispatch import use_backend
     from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
     from vblora_triton.optim import parameter_groups
     from vblora_triton.peft_model import PeftModel, get_peft_model
@@ -68,7 +68,7 @@ __all__ = [
 
 # Imported when first asked for: they need torch and transformers, which take seconds.
 _HOMES = {
-    "use_backend": "backends",
+    "use_backend": "dispatch",
     "PeftModel": "peft_model",
     "get_layer_status": "status",
     "get_model_status": "status",

@@ -1,5 +1,7 @@
 """The checks of `ops`: what an argument is, what it must be, and how to get there."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,17 @@ def check_vera(x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: T
                 f"`{name}` requires a gradient, but VeRA's projections are frozen; give {name}.detach() and train "
                 "lambda_b and lambda_d."
             )
+
+
+def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor) -> None:
+    """Check that a projection can be one of x by A."""
+    M = math.prod(x.shape[:-1])
+    packed = values.dtype == torch.int16
+    if values.shape != (M, A.shape[0]) or scale.shape != (M if packed else 0,) or values.device != x.device:
+        raise ValueError(
+            f"`projection` has values of shape {tuple(values.shape)} on {values.device}; with x {tuple(x.shape)} on "
+            f"{x.device} and A {tuple(A.shape)} they must be {(M, A.shape[0])}. Make it with vera_project(x, A)."
+        )
 
 
 def check_in_place(x: Tensor, base_out: Tensor, otherwise: str) -> None:

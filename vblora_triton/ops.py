@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 from vblora_triton import reference
-from vblora_triton.backends import choose, no_autocast, seed_for, use_backend
 from vblora_triton.checks import (
     check_bank,
     check_in_place,
     check_linear,
+    check_projection,
     check_selected,
     check_tensors,
     check_topk,
     check_vera,
     dropout_in_force,
 )
-from vblora_triton.triton_ops import linear
-from vblora_triton.triton_ops.support import vblora_sizes
+from vblora_triton.dispatch import choose, no_autocast, seed_for, use_backend
+from vblora_triton.triton_ops import linear, vera
+from vblora_triton.triton_ops.support import vblora_sizes, vera_sizes
 
 __all__ = [
+    "Projection",
     "Selection",
     "compose",
     "select",
@@ -30,6 +32,7 @@ __all__ = [
     "vblora_linear_selected",
     "vera_linear",
     "vera_linear_",
+    "vera_project",
 ]
 
 
@@ -240,6 +243,50 @@ def vblora_linear_selected(
     return torch.ops.vblora_triton.vblora_linear_selected(x, base_out, *selection, vector_bank, p, seed_for(p, x))
 
 
+class Projection(NamedTuple):
+    """What a layer's input is projected to, dropout(x) A^T, for all layers that read that input: (M, r), M rows of x.
+
+    values: float32; or, with many rows and 16-bit activations, int16 in units of the row's `scale`.
+    scale: (M) float32; or empty.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+def vera_project(x: Tensor, A: Tensor, base_out: Tensor | None = None, *, backend: str = "auto") -> Projection | None:
+    """Project once what several calls of `vera_linear` read, without dropout.
+
+    values * scale = x A[:, :in]^T
+
+    Not differentiable, and no gradient goes missing: `vera_linear` computes that of x from dy alone.
+
+    Args:
+        x: (*batch, in), floating.
+        A: (r, at least in).
+        base_out: of one of the calls; its dtype says how exact the results can be.
+        backend: "auto", "triton" or "reference"; see `use_backend`.
+    Returns:
+        The projection, or None where the reference computes, which has no use for it.
+    Raises:
+        ValueError, TypeError: as `vera_linear`.
+    """
+    check_tensors(x=x, base_out=base_out, A=A)
+    if x.dim() == 0 or A.dim() != 2 or A.shape[1] < x.shape[-1]:
+        raise ValueError(
+            f"`A` has shape {tuple(A.shape)}; with x {tuple(x.shape)} it must be (r, at least the last size of x)."
+        )
+    if choose(backend, vera_sizes(A.shape[0]), x, A, base_out) == "reference":
+        return None
+    return _project(x, A, base_out, 0.0, None)
+
+
+def _project(x: Tensor, A: Tensor, base_out: Tensor | None, p: float, seed: Tensor | None) -> Projection:
+    wide = x.dtype == torch.float32 and (base_out is None or base_out.dtype == torch.float32)
+    with torch.no_grad():
+        return Projection(*torch.ops.vblora_triton.vera_project(x, A, wide, p, seed))
+
+
 def vera_linear(
     x: Tensor,
     base_out: Tensor | None,
@@ -251,12 +298,15 @@ def vera_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     backend: str = "auto",
+    projection: Projection | None = None,
 ) -> Tensor:
     """Add the low-rank update of VeRA to the output of the base layer.
 
     out = base_out + lambda_b * ((lambda_d * (dropout(x) A[:, :in]^T)) B[:out]^T)      (VeRA, arXiv 2310.11454, eq. 2)
 
-    Differentiable once in x, base_out, lambda_b and lambda_d; A and B are frozen.
+    Differentiable once in x, base_out, lambda_b and lambda_d; A and B are frozen. The kernels keep the projection
+    for backward, (M, r) in the size of the activations, and not x. With 16-bit activations they keep 16 bits of A and B
+    where the gradients of lambda_b and lambda_d depend on them, 8 with `torch.set_float32_matmul_precision("medium")`.
 
     Args:
         x: (*batch, in), floating.
@@ -268,18 +318,20 @@ def vera_linear(
         dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`; the kernels round it
             to a multiple of 2^-16, and scale by what they rounded to.
         backend: "auto", "triton" or "reference"; see `use_backend`.
+        projection: of x, by `vera_project`; without it, x is projected here.
     Returns:
         (*batch, out), in the dtype of `base_out`, or of `x` where there is none.
     Raises:
-        ValueError: the sizes disagree, `dropout_p` is out of range, A or B requires a gradient, or the backend is
-            unknown or cannot run.
+        ValueError: the sizes disagree, `dropout_p` is out of range, A or B requires a gradient, `projection` is not
+            one of x or dropout is in force beside it, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    check_tensors(x=x, base_out=base_out, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
-    check_vera(x, base_out, lambda_b, lambda_d, A, B)
-    p = dropout_in_force(dropout_p, training)
-    with no_autocast(x.device.type):
-        return reference.vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
+    if _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend) == "reference":
+        p = dropout_in_force(dropout_p, training)
+        with no_autocast(x.device.type):
+            return reference.vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
+    given = _projected(x, A, base_out, dropout_p, training, projection)
+    return torch.ops.vblora_triton.vera_linear(x, base_out, lambda_b, lambda_d, A, B, *given)
 
 
 def vera_linear_(
@@ -293,6 +345,7 @@ def vera_linear_(
     dropout_p: float = 0.0,
     training: bool = False,
     backend: str = "auto",
+    projection: Projection | None = None,
 ) -> Tensor:
     """`vera_linear`, written into `base_out`, which is returned: no second tensor of the size of the output.
 
@@ -302,14 +355,39 @@ def vera_linear_(
     Raises:
         ValueError: as `vera_linear`; or `base_out` is not contiguous, or shares memory with x.
     """
-    check_tensors(x=x, base_out=base_out, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
-    check_vera(x, base_out, lambda_b, lambda_d, A, B)
-    p = dropout_in_force(dropout_p, training)
+    chosen = _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend)
     check_in_place(x, base_out, "vera_linear")
     if torch.compiler.is_compiling():
-        return vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training, backend=backend)
-    with no_autocast(x.device.type):
-        # In the wide dtype, so that there is one rounding: that of the sum.
-        x = x.to(torch.promote_types(x.dtype, lambda_d.dtype))
-        update = reference.vera_linear(x, None, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
-    return base_out.add_(update)
+        options = {"dropout_p": dropout_p, "training": training, "backend": backend, "projection": projection}
+        return vera_linear(x, base_out, lambda_b, lambda_d, A, B, **options)  # type: ignore[arg-type]
+    if chosen == "reference":
+        p = dropout_in_force(dropout_p, training)
+        with no_autocast(x.device.type):
+            # In the wide dtype, so that there is one rounding: that of the sum.
+            x = x.to(torch.promote_types(x.dtype, lambda_d.dtype))
+            update = reference.vera_linear(x, None, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
+        return base_out.add_(update)
+    given = _projected(x, A, base_out, dropout_p, training, projection)
+    return vera.linear_(x, base_out, lambda_b, lambda_d, A, B, *given)
+
+
+def _vera_backend(
+    x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor, backend: str
+) -> str:
+    check_tensors(x=x, base_out=base_out, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
+    check_vera(x, base_out, lambda_b, lambda_d, A, B)
+    return choose(backend, vera_sizes(lambda_d.shape[0]), x, lambda_b, lambda_d, A, B, base_out)
+
+
+def _projected(
+    x: Tensor, A: Tensor, base_out: Tensor | None, dropout_p: float, training: bool, projection: Projection | None
+) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    """The projection, given or made, and the dropout that is in it."""
+    p = dropout_in_force(dropout_p, training)
+    if projection is None:
+        seed = seed_for(p, x)
+        return *_project(x, A, base_out, p, seed), p, seed
+    if p > 0:
+        raise ValueError(f"`projection` was made without dropout, but `dropout_p` is {p}; leave `projection` out.")
+    check_projection(x, A, *projection)
+    return *projection, 0.0, None

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vblora_triton.backends import check_backend
+from vblora_triton.dispatch import check_backend
 from vblora_triton.integrations.peft_layers import LayerKind, layer_kinds, topk_refusal
 
 # What takes the place of a layer's `forward`: for a class, or for single layers, so that taking back the one leaves

@@ -4,6 +4,6 @@
 package needs neither triton nor a GPU.
 """
 
-from vblora_triton.triton_ops import compose, linear
+from vblora_triton.triton_ops import compose, linear, vera
 
-__all__ = ["compose", "linear"]
+__all__ = ["compose", "linear", "vera"]

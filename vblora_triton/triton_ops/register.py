@@ -20,14 +20,17 @@ def define(name: str, arguments: str, returns: str, implementation: Callable, fa
 
 
 def define_differentiable(name: str, arguments: str, function: Any, fwd: str, fwd_fake: Callable) -> None:
-    """Define the operator `name`, which returns the first result of the operator `fwd`.
+    """Define the operator `name`, which returns the first, or the only, result of the operator `fwd`.
 
     Its gradient is that of `function`, a torch.autograd.Function that calls operators opaque to the compiler. As the
     implementation for the Autograd key this is the cheapest form that torch.compile and opcheck accept.
     """
 
+    def first(results: Any) -> Tensor:
+        return results if isinstance(results, Tensor) else results[0]
+
     def forward(*args: Any) -> Tensor:
-        return getattr(torch.ops.vblora_triton, fwd)(*args)[0]
+        return first(getattr(torch.ops.vblora_triton, fwd)(*args))
 
     def autograd(*args: Any) -> Tensor:
         if forward_ad._current_level >= 0 and any(
@@ -39,7 +42,7 @@ def define_differentiable(name: str, arguments: str, function: Any, fwd: str, fw
         with below_autograd():
             return forward(*args)
 
-    define(name, arguments, "Tensor", forward, lambda *args: fwd_fake(*args)[0])
+    define(name, arguments, "Tensor", forward, lambda *args: first(fwd_fake(*args)))
     _library.impl(name, autograd, "Autograd")
 
 

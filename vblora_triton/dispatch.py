@@ -1,5 +1,7 @@
 """Which backend computes an op, and what all ops need around either."""
 
+# Not "backends.py": torch.compile leaves every file alone whose path has "triton/backends" in it.
+
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
