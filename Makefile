@@ -10,13 +10,14 @@ ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_check
 	tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora \
 	tests/documented tests/integrations
 
-.PHONY: help demo test test-without-peft check fix kernels-report gpu clean
+.PHONY: help demo test test-without-peft check fix kernels-report peft-suite gpu clean
 
 help:
 	@echo "make demo    fine-tune a small model with VB-LoRA, save, reload and merge it; writes build/demo/"
 	@echo "make test    the whole test suite"
 	@echo "make check   ruff and mypy; edits nothing"
 	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
+	@echo "make peft-suite   PEFT's own tests of VB-LoRA and VeRA, with its layers and patched; fetches them with pip"
 	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"
 	@echo "make clean   remove .venv and build/"
@@ -47,6 +48,10 @@ fix: $(VENV)/.installed
 
 kernels-report: $(VENV)/.installed
 	$(PY) -m bench.kernels_report
+
+# Goes on where an earlier run stopped: `make clean`, or --fresh, forgets it.
+peft-suite: $(VENV)/.installed
+	$(PY) -m bench.peft_suite --out build/peft-suite
 
 # On another interpreter than .venv's nothing is installed: make gpu PY=python3
 gpu:

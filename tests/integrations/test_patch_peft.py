@@ -318,10 +318,11 @@ def test_logits_are_looked_at_once_and_again_after_a_load_but_not_after_a_step(f
         logits(model)
         assert len(looks) == 2 * len(peft_layers(model))
         peft.set_peft_model_state_dict(model, state)
-        with pytest.raises(RuntimeError, match="top-k weights only"):
+        with pytest.raises(RuntimeError) as own:
             logits(model)
-    with pytest.raises(RuntimeError, match="resumed from"):
+    with pytest.raises(RuntimeError) as theirs:
         logits(model)
+    assert str(own.value) == str(theirs.value)
 
 
 def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:

@@ -135,7 +135,7 @@ def _base_result(layer: Any, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor,
 def _add_vblora(layer: Any, adapter: str, x: Tensor, result: Tensor, backend: str) -> Tensor:
     logits_A, logits_B = layer.vblora_logits_A[adapter], layer.vblora_logits_B[adapter]
     if layer.training:
-        topk_refusal.check(logits_A)
+        topk_refusal.check(layer, adapter)
     # Of a model that is spread over devices, the one bank is elsewhere for some layers.
     bank = layer.vblora_vector_bank[adapter].to(logits_A.device)
     x, dropout = _dropped(layer.vblora_dropout[adapter], x)
@@ -195,21 +195,18 @@ class TopkRefusal:
 
     # Values cannot be looked at in a graph: torch.compile leaves it here, as it does in PEFT's own layer.
     @torch.compiler.disable
-    def check(self, logits: Tensor) -> None:
-        """Look at the logits if they may have changed.
+    def check(self, layer: Any, adapter: str) -> None:
+        """Let PEFT look at an adapter's logits if they may have changed.
 
         Raises:
-            RuntimeError: they are infinite.
+            RuntimeError: PEFT's own; they are infinite.
         """
+        logits = layer.vblora_logits_A[adapter]
         known = is_plain(logits) and not logits.is_inference()
         if known and self._seen.get(logits) == _memory_and_version(logits):
             return
-        if logits[0, 0].isinf().any():
-            raise RuntimeError(
-                "This adapter was loaded from a file with top-k weights only (`save_only_topk_weights=True`), and its "
-                "logits are infinite, so that it cannot be trained; train one that was saved with all its logits, or "
-                "call eval() to use this one."
-            )
+        with torch.no_grad():
+            layer._get_lora_matrices(adapter)
         if known:
             self._seen[logits] = _memory_and_version(logits)
             if self._hook is None:
