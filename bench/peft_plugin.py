@@ -74,6 +74,11 @@ class Recorder:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            outcome = "hub" if OFFLINE.search(report.longreprtext) else "not collected"
+            self._write({"id": report.nodeid, "outcome": outcome, "why": _last_line(report)})
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.calls.clear()
         self.entry = {"id": nodeid, "outcome": "passed", "why": "", "started": time.time()}
@@ -103,7 +108,7 @@ def is_wanted(item: pytest.Item) -> bool:
     return function is not None and not hasattr(item, "callspec") and bool(WANTED.search(inspect.getsource(function)))
 
 
-def _last_line(report: pytest.TestReport) -> str:
+def _last_line(report: pytest.TestReport | pytest.CollectReport) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
     lines = [line[2:].strip() for line in report.longreprtext.splitlines() if line.startswith("E  ")]

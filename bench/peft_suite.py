@@ -64,6 +64,8 @@ def fetch(folder: Path, version: str) -> Path:
         with tarfile.open(folder / f"peft-{version}.tar.gz") as archive:
             members = [m for m in archive.getmembers() if m.name.startswith(f"peft-{version}/tests/")]
             archive.extractall(folder, members=members, filter="data")
+        # Not in the distribution, though the tests import each other.
+        (tests / "__init__.py").touch()
     return tests
 
 
@@ -90,7 +92,17 @@ def run(python: str, tests: Path, files: list[str], record: Path, mode: str, onl
     """Run some files of tests in one mode, and add the outcomes to the record; False where the time did not suffice."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {} if online else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    command = [python, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "bench.peft_plugin"]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "--tb=short",
+        "--continue-on-collection-errors",
+        "-p",
+        "bench.peft_plugin",
+    ]
     # An empty configuration, so that neither ours nor PEFT's has a say.
     command += ["-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests.parent}", f"--record={record}"]
     command += ["--patched"] if mode == "patched" else []
@@ -110,8 +122,8 @@ def compare(unpatched: dict[str, dict[str, Any]], patched: dict[str, dict[str, A
 
     Returns:
         "counts": mode -> outcome -> number; "calls": method -> number, of the patched run; "hub": the tests that want
-        the Hub; "failing": those that fail both ways; "differences": id -> both outcomes and why; "broken": ids that
-        pass unpatched, and do not patched.
+        the Hub; "failing": id -> why, of those that fail both ways; "differences": id -> both outcomes and why;
+        "broken": ids that pass unpatched, and do not patched; "only_in_one": ids that were run in one of them.
     """
     both = {name: (unpatched[name], patched[name]) for name in unpatched if name in patched}
     differences = {
@@ -129,7 +141,11 @@ def compare(unpatched: dict[str, dict[str, Any]], patched: dict[str, dict[str, A
         },
         "calls": {method: calls[method] for method in METHODS},
         "hub": sorted(name for name, (a, _) in both.items() if a["outcome"] == "hub"),
-        "failing": {n: a["why"] for n, (a, b) in both.items() if a["outcome"] == b["outcome"] == "failed"},
+        "failing": {
+            name: f"{a['outcome']}: {a['why']}"
+            for name, (a, b) in both.items()
+            if a["outcome"] == b["outcome"] and a["outcome"] in ("failed", "stopped", "not collected")
+        },
         "differences": differences,
         "broken": sorted(name for name, d in differences.items() if d["unpatched"] == "passed"),
         "only_in_one": sorted(unpatched.keys() ^ patched.keys()),

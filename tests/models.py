@@ -47,11 +47,11 @@ def tiny_opt() -> OPTForCausalLM:
     return OPTForCausalLM(config).eval()
 
 
-def tiny_t5() -> T5ForConditionalGeneration:
+def tiny_t5(**changes) -> T5ForConditionalGeneration:
     """T5: an encoder and a decoder, relative positions, no biases."""
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-    config = T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0)
+    config = T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0, **changes)
     return T5ForConditionalGeneration(config).eval()
 
 

@@ -112,7 +112,7 @@ def test_each_gradient_of_one_layer_is_as_exact_as_pefts(method, mode, shape, tr
     truth = layer_results(in_float64(layer), x.double())
     with torch.autocast(DEVICE, torch.bfloat16, enabled=mode == "autocast"):
         eager = layer_results(layer, x)
-        with patch_peft(backend="triton"), counted() as launches:
+        with patch_peft(layer, backend="triton"), counted() as launches:
             own = layer_results(layer, x)
     assert launches
     for name in truth:
@@ -147,7 +147,7 @@ def test_results_have_the_dtypes_of_pefts(method, state, adapter, inputs):
         layer._active_adapter = ["default", "default"]
     x = torch.randn(5, 96, device=DEVICE).to(inputs)
     expected = layer(x)
-    with patch_peft():
+    with patch_peft(layer):
         own = layer(x)
     assert own.dtype == expected.dtype == inputs
     tolerance = 3e-2 if torch.bfloat16 in (inputs, adapter) else 1e-6
@@ -194,7 +194,7 @@ def test_dropout_draws_what_pefts_draws_on_the_reference(method):
 @BOTH
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_with_dropout_learns_what_training_without_it_does(method, use_reentrant):
-    model = by_peft(method, **{f"{method}_dropout": 0.5}).train()
+    model = by_peft(method, "bert", **{f"{method}_dropout": 0.5}).train()
     found = []
     with patch_peft(backend="triton"):
         for checkpointing in (False, True):

@@ -52,10 +52,9 @@ def patch_peft(model: nn.Module | None = None, *, backend: str = "auto") -> Abst
         for kind in kinds:
             kind.check(_original(kind))
         for kind in kinds:
-            previous = vars(kind.cls)["forward"]
             _originals[kind.cls] = _original(kind)
-            _replace_in_class(kind.cls, _function(kind, _CLASS, backend))
-            undo.callback(_replace_in_class, kind.cls, previous)
+        undo.callback(_replace_in_classes, {kind.cls: vars(kind.cls)["forward"] for kind in kinds})
+        _replace_in_classes({kind.cls: _function(kind, _CLASS, backend) for kind in kinds})
         return undo
     for layer, kind in _checked_layers(model, kinds):
         _originals[kind.cls] = _original(kind)
@@ -73,11 +72,9 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         ValueError: `model` is given, but PEFT is patched as a whole; call `unpatch_peft()`.
     """
     if model is None:
-        for (cls, scope, _), function in list(_made.items()):
-            if scope == _CLASS and vars(cls)["forward"] is function:
-                _replace_in_class(cls, _originals[cls])
-            for layer in list(_holders(function)):
-                _give_back(layer)
+        _replace_in_classes({cls: _originals[cls] for cls in _originals if _is_ours(vars(cls)["forward"])})
+        for layer, _ in _holders(*_made.values()):
+            _give_back(layer)
         topk_refusal.forget()
         return
     _check_module(model)
@@ -171,23 +168,26 @@ def _runs_ours(layer: nn.Module) -> bool:
     return _is_ours(_forward_of(layer))
 
 
-def _replace_in_class(cls: Any, function: Callable[..., Any]) -> None:
-    current = vars(cls)["forward"]
-    if current is function:
-        return
-    cls.forward = function
+def _replace_in_classes(functions: dict[Any, Callable[..., Any]]) -> None:
+    """Let each class run its function, also those of its layers that keep the present one as a method of their own."""
+    replaced = {}
+    for cls, function in functions.items():
+        if vars(cls)["forward"] is not function:
+            replaced[vars(cls)["forward"]] = function
+            cls.forward = function
     # Hooks of accelerate keep the method that they found, and leave it on the layer when they are removed.
-    for layer in list(_holders(current)):
+    for layer, current in _holders(*replaced):
         for name in ("_old_forward", "forward"):
             if getattr(vars(layer).get(name), "__func__", None) is current:
-                vars(layer)[name] = MethodType(function, layer)
+                vars(layer)[name] = MethodType(replaced[current], layer)
 
 
-def _holders(function: Callable[..., Any]) -> Iterator[nn.Module]:
-    """Every living layer that keeps `function` as a method of its own."""
-    for method in gc.get_referrers(function):
-        if isinstance(method, MethodType) and method.__func__ is function and isinstance(method.__self__, nn.Module):
-            yield method.__self__
+def _holders(*functions: Callable[..., Any]) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Every living layer that keeps one of the functions as a method of its own, with that function."""
+    if not functions:
+        return []
+    methods = [m for m in gc.get_referrers(*functions) if isinstance(m, MethodType) and m.__func__ in functions]
+    return [(method.__self__, method.__func__) for method in methods if isinstance(method.__self__, nn.Module)]
 
 
 def _replace_in_layer(layer: nn.Module, function: Callable[..., Any]) -> tuple[str, Any]:
