@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 MODES = ("unpatched", "patched")
 METHODS = ("vblora", "vera")
 # What its tests import, and the development environment does not have.
-NEEDED = ("datasets", "diffusers", "parameterized")
+NEEDED = ("datasets", "diffusers", "parameterized", "scipy")
 # Most telling first; what is left when the time is over is reported as not run.
 GROUPS = {
     "own": ["test_vblora.py", "test_vera.py"],

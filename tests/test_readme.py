@@ -22,6 +22,8 @@ def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatc
     names = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
+    assert names["vblora_triton"].is_patched()
+    names["vblora_triton"].unpatch_peft()
     assert isinstance(names["optimizer"], torch.optim.AdamW)
     tokens = torch.arange(8)[None]
     merged, adapted = names["merged"].eval()(tokens).logits, names["model"].eval()(tokens).logits

@@ -182,7 +182,7 @@ def test_dropout_draws_what_pefts_draws_on_the_reference(method):
     model = by_peft(method, **{f"{method}_dropout": 0.5}).train()
     torch.manual_seed(0)
     expected = results(model)
-    with patch_peft():
+    with patch_peft(backend="reference"):
         torch.manual_seed(0)
         own = results(model)
         assert not torch.equal(results(model)["logits"], own["logits"]), "it is drawn anew in each call"
@@ -387,7 +387,7 @@ def test_a_training_loop_patched_midway_goes_on_as_before():
         optimizer = torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=0.02)
         for step in range(6):
             if patched and step == 3:
-                patch_peft()
+                patch_peft(backend="reference")
                 assert is_patched(copied)
             loss = logits(copied).square().mean()
             loss.backward()
