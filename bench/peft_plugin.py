@@ -1,6 +1,6 @@
 """A pytest plugin: PEFT's own tests of VB-LoRA and VeRA, with PEFT's layers or with ours, one line of JSON for each.
 
-    pytest -p bench.peft_plugin --record FILE [--patched] tests
+    pytest -p bench.peft_plugin --record FILE [--patched] [--no-hub] tests
 
 What FILE has the outcome of is not run again, and a test that ended its process counts as "stopped".
 """
@@ -27,11 +27,14 @@ OPS = {"vblora": ("vblora_linear", "vblora_linear_"), "vera": ("vera_linear", "v
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, required=True, help="the file of outcomes")
+    parser.addoption("--no-hub", action="store_true", help="let every request to the Hub fail, at once")
     parser.addoption("--patched", action="store_true", help="run PEFT's layers with vblora_triton's ops")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     calls: Counter[str] = Counter()
+    if config.getoption("--no-hub"):
+        _refuse_requests()
     if config.getoption("--patched"):
         from vblora_triton import ops, patch_peft
 
@@ -40,6 +43,19 @@ def pytest_configure(config: pytest.Config) -> None:
                 setattr(ops, name, _counting(getattr(ops, name), method, calls))
         patch_peft(backend="reference")
     config.pluginmanager.register(Recorder(config.getoption("--record"), calls))
+
+
+def _refuse_requests() -> None:
+    # PEFT's tests take HF_HUB_OFFLINE back, and where there is no network each request is tried for most of a minute.
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
+
+    def refuse(request: Any) -> None:
+        raise OfflineModeIsEnabled(f"{request.url} was not asked: --online lets PEFT's tests reach the Hub.")
+
+    client = type(get_session())
+    set_client_factory(lambda: client(event_hooks={"request": [refuse]}))
 
 
 def _counting(op: Any, method: str, calls: Counter[str]) -> Any:
