@@ -28,8 +28,14 @@ from bench.peft_plugin import read_record
 ROOT = Path(__file__).parents[1]
 MODES = ("unpatched", "patched")
 METHODS = ("vblora", "vera")
-# What its tests import, and the development environment does not have.
-NEEDED = ("datasets", "diffusers", "parameterized", "scipy")
+# What its tests import, and the development environment does not have: the module, and what to install.
+NEEDED = {
+    "attr": "attrs",
+    "datasets": "datasets",
+    "diffusers": "diffusers",
+    "parameterized": "parameterized",
+    "scipy": "scipy",
+}
 # Most telling first; what is left when the time is over is reported as not run.
 GROUPS = {
     "own": ["test_vblora.py", "test_vera.py"],
@@ -83,7 +89,7 @@ def interpreter(folder: Path) -> str:
         paths = dict.fromkeys(p for p in sys.path if p.endswith("-packages"))
         Path(own, "beside.pth").write_text("\n".join(paths or [sysconfig.get_path("purelib")]) + "\n")
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*command, "-c", str(ROOT / "constraints.txt"), *NEEDED], check=True)
+        subprocess.run([*command, "-c", str(ROOT / "constraints.txt"), *NEEDED.values()], check=True)
         done.touch()
     return str(python)
 

@@ -31,7 +31,8 @@ def patch_peft(model: nn.Module | None = None, *, backend: str = "auto") -> Abst
 
     PEFT refuses to train an adapter that was loaded from a file with top-k weights only, and looks at the values in
     every layer and step, which waits for the GPU. That refusal stays, and looks once at each parameter, and again when
-    something other than an optimizer has written to it; a write through `.data` is not seen.
+    something other than an optimizer has written to it; a write through `.data` is not seen. In training torch.compile
+    leaves its graph for that look, as it does for PEFT's.
 
     Args:
         model: whose layers to patch; layers that are added to it later are not. None for all layers, built already or
