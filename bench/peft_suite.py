@@ -163,9 +163,9 @@ def print_report(result: dict[str, Any], say: Callable[[str], None] = print) -> 
     """Print both counts, every difference, the calls, and what was not run."""
     outcomes = sorted({outcome for counts in result["counts"].values() for outcome in counts})
     say(f"\nPEFT {result['peft']}, its tests of VB-LoRA and VeRA on the reference backend")
-    say(f"{'':12}" + "".join(f"{outcome:>10}" for outcome in outcomes))
+    say(f"{'':12}" + "".join(f"{outcome:>15}" for outcome in outcomes))
     for mode, counts in result["counts"].items():
-        say(f"{mode:12}" + "".join(f"{counts.get(outcome, 0):>10}" for outcome in outcomes))
+        say(f"{mode:12}" + "".join(f"{counts.get(outcome, 0):>15}" for outcome in outcomes))
     say("\nCalls through our ops: " + ", ".join(f"{method} {n:,}" for method, n in result["calls"].items()))
     if result["hub"]:
         say(f"{len(result['hub'])} tests want models from the Hub (counted as hub; --online lets them try).")
