@@ -10,7 +10,7 @@ ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_check
 	tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora tests/vera \
 	tests/documented tests/integrations
 
-.PHONY: help demo test test-without-peft check fix bench report kernels-report gpu clean
+.PHONY: help demo test test-without-peft check fix bench report kernels-report peft-suite gpu clean
 
 help:
 	@echo "make demo    fine-tune a small model with VB-LoRA, save, reload and merge it; writes build/demo/"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench   measure beside PEFT and the base alone; without a GPU what a CPU can say (BENCH=options)"
 	@echo "make report  put what bench/results/ holds into the README"
 	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
+	@echo "make peft-suite   PEFT's own tests of VB-LoRA and VeRA, with its layers and patched; fetches them with pip"
 	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"
 	@echo "make clean   remove .venv and build/"
@@ -58,6 +59,10 @@ report: $(VENV)/.installed
 
 kernels-report: $(VENV)/.installed
 	$(PY) -m bench.kernels_report
+
+# Goes on where an earlier run stopped: `make clean`, or --fresh, forgets it.
+peft-suite: $(VENV)/.installed
+	$(PY) -m bench.peft_suite --out build/peft-suite
 
 # On another interpreter than .venv's nothing is installed: make gpu PY=python3
 gpu:

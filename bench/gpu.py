@@ -29,6 +29,7 @@ TESTS = [
     "test_compile.py",
     "vblora",
     "vera",
+    "integrations/test_patch_peft.py",
 ]
 
 

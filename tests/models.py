@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCABULARY = 48
@@ -43,6 +45,14 @@ def tiny_opt() -> OPTForCausalLM:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
     config = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=32, vocab_size=VOCABULARY)
     return OPTForCausalLM(config).eval()
+
+
+def tiny_t5(**changes) -> T5ForConditionalGeneration:
+    """T5: an encoder and a decoder, relative positions, no biases."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    config = T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0, **changes)
+    return T5ForConditionalGeneration(config).eval()
 
 
 def some_ids() -> torch.Tensor:

@@ -22,6 +22,8 @@ def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatc
     names = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
+    assert names["vblora_triton"].is_patched()
+    names["vblora_triton"].unpatch_peft()
     assert isinstance(names["optimizer"], torch.optim.AdamW)
     assert {group["name"] for group in names["optimizer"].param_groups} == {"lambda"}
     assert (tmp_path / "vera-adapter" / "adapter_model.safetensors").is_file()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from vblora_triton.dispatch import use_backend
+    from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
     from vblora_triton.optim import parameter_groups
     from vblora_triton.peft_model import PeftModel, get_peft_model
     from vblora_triton.status import get_layer_status, get_model_status
@@ -61,8 +62,11 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
+    "is_patched",
     "ops",
     "parameter_groups",
+    "patch_peft",
+    "unpatch_peft",
     "use_backend",
 ]
 
@@ -73,7 +77,10 @@ _HOMES = {
     "get_layer_status": "status",
     "get_model_status": "status",
     "get_peft_model": "peft_model",
+    "is_patched": "integrations.peft",
     "parameter_groups": "optim",
+    "patch_peft": "integrations.peft",
+    "unpatch_peft": "integrations.peft",
     "VBLoRAModel": "vblora.model",
     "VeraModel": "vera.model",
     **{name: "auto" for name in __all__ if name.startswith("AutoPeftModel")},

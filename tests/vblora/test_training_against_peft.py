@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from tests.models import VOCABULARY, enlarge, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import VOCABULARY, enlarge, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5
 from vblora_triton import VBLoRAConfig, get_peft_model
 from vblora_triton.checkpoint import adapter_state_dict
 
@@ -14,13 +14,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_
 
 FIELDS = {"r": 3, "num_vectors": 10, "vector_length": 16, "topk": 2}
 STEPS = 20
-
-
-def tiny_t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-    config = T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0)
-    return T5ForConditionalGeneration(config).eval()
 
 
 def tiny_roberta() -> RobertaForSequenceClassification:

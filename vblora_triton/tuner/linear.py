@@ -23,6 +23,23 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def may_write(base_layer: nn.Module, result: Tensor) -> bool:
+    """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
+
+    It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that it is a
+    view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
+    """
+    return (
+        type(base_layer) is nn.Linear
+        and is_plain(result)
+        and "forward" not in vars(base_layer)
+        and not base_layer._forward_hooks
+        and not torch.nn.modules.module._global_forward_hooks
+        and result._base is None
+        and result.is_contiguous()
+    )
+
+
 class AdaptedLinear(nn.Linear, MergingLayer):
     """nn.Linear, or transformers' Conv1D, with adapters that each add an update to its result.
 
@@ -34,7 +51,7 @@ class AdaptedLinear(nn.Linear, MergingLayer):
     training: bool
 
     def _add_update(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """Return the base layer's result with an adapter's update added; `_may_write` says if into `result` itself."""
+        """Return the base layer's result with an adapter's update added; `may_write` says if into `result` itself."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -59,20 +76,3 @@ class AdaptedLinear(nn.Linear, MergingLayer):
         """Return what every op takes by keyword, with the probability of an nn.Dropout, or none of an nn.Identity."""
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         return {"dropout_p": p, "training": dropout.training, "backend": self.backend}
-
-    def _may_write(self, result: Tensor) -> bool:
-        """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
-
-        It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that
-        it is a view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
-        """
-        base = self.base_layer
-        return (
-            type(base) is nn.Linear
-            and is_plain(result)
-            and "forward" not in vars(base)
-            and not base._forward_hooks
-            and not torch.nn.modules.module._global_forward_hooks
-            and result._base is None
-            and result.is_contiguous()
-        )

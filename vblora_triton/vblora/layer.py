@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vblora_triton import ops
 from vblora_triton.tuner.config import check_float, check_int
 from vblora_triton.tuner.layer import MergingLayer
-from vblora_triton.tuner.linear import AdaptedLinear
+from vblora_triton.tuner.linear import AdaptedLinear, may_write
 from vblora_triton.vblora.selection import SelectionCache
 from vblora_triton.vblora.topk import TopkLogits
 
@@ -209,7 +209,7 @@ class Linear(AdaptedLinear, VBLoRALayer):
             selection = self._selections.get(adapter, *logits, self.topk[adapter], self.backend)
             if selection is not None:
                 return ops.vblora_linear_selected(x, result, *selection, bank, **options)
-        op = ops.vblora_linear_ if self._may_write(result) else ops.vblora_linear
+        op = ops.vblora_linear_ if may_write(self.base_layer, result) else ops.vblora_linear
         return op(x, result, *logits, bank, self.topk[adapter], **options)
 
     def train(self, mode: bool = True) -> Linear:

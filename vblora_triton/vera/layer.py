@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from vblora_triton import ops
 from vblora_triton.tuner.config import check_int
 from vblora_triton.tuner.layer import MergingLayer
-from vblora_triton.tuner.linear import AdaptedLinear
+from vblora_triton.tuner.linear import AdaptedLinear, may_write
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.projection import ProjectionDict
 from vblora_triton.vera.sharing import shared_projection
@@ -167,7 +167,7 @@ class Linear(AdaptedLinear, VeraLayer):
 
     def _add_update(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B = self._projections(adapter, x.device)
-        op = ops.vera_linear_ if self._may_write(result) else ops.vera_linear
+        op = ops.vera_linear_ if may_write(self.base_layer, result) else ops.vera_linear
         lambdas = (self.vera_lambda_b[adapter], self.vera_lambda_d[adapter])
         options = self._op_options(self.vera_dropout[adapter])
         if not (options["training"] and options["dropout_p"]) and A is self.vera_A[adapter]:

@@ -1,0 +1,397 @@
+"""Models built by PEFT compute the same with our ops: results, gradients, dtypes, refusals, memory."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from tests.integrations.peft_case import (
+    DEVICE,
+    METHODS,
+    MODELS,
+    by_peft,
+    draw,
+    fixed,
+    in_float64,
+    logits,
+    one_layer,
+    peft_layers,
+    results,
+)
+from tests.models import tiny_llama
+from tests.tolerance import assert_as_exact_as_eager
+from vblora_triton import is_patched, ops, patch_peft, unpatch_peft
+from vblora_triton.kernels.launch import counted, intercepted
+
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out is set")
+
+BOTH = pytest.mark.parametrize("method", METHODS)
+OPS = ("vblora_linear", "vblora_linear_", "vera_linear", "vera_linear_")
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    yield
+    unpatch_peft()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the ops that are called, one for each call."""
+    names: list[str] = []
+
+    def counting(name: str, op):
+        @functools.wraps(op)
+        def called(*args, **kwargs):
+            names.append(name)
+            return op(*args, **kwargs)
+
+        return called
+
+    for name in OPS:
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    return names
+
+
+def by_kind(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One vector for all layers' gradients of a kind: the few numbers of one layer's are mostly noise from below it."""
+    kinds: dict[str, list[torch.Tensor]] = {}
+    for name, value in found.items():
+        kind = next((part for part in name.split(".") if part.startswith(("vblora_", "vera_"))), name)
+        kinds.setdefault(kind, []).append(value.flatten())
+    return {kind: torch.cat(values) for kind, values in kinds.items()}
+
+
+@BOTH
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_two_active_adapters_give_the_results_and_gradients_of_peft(method, family, dtype):
+    model = by_peft(method, family, adapters=2, dtype=dtype)
+    truth, eager = results(in_float64(model)), results(model)
+    with patch_peft(backend="triton"), counted() as launches:
+        own = results(model)
+    assert own.keys() == eager.keys() == truth.keys()
+    assert len(launches) >= 4 * len(peft_layers(model)), "both adapters of every layer, forward and backward"
+    truth, eager, own = map(by_kind, (truth, eager, own))
+    for kind in truth:
+        assert_as_exact_as_eager(own[kind], eager[kind], truth[kind], dtype, kind)
+
+
+def layer_results(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    grads = torch.autograd.grad((y * fixed(y)).sum(), [x, *trained.values()])
+    return {"y": y, **dict(zip(("x", *trained), grads, strict=True))}
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("mode", "shape"),
+    # In 16 bits, rows enough that a gradient is more than the rounding of a few products.
+    [
+        ("fp32", (20,)),
+        ("fp32", (2, 3, 5)),
+        ("fp32", ()),
+        ("bf16", (2, 3, 9)),
+        ("bf16", (130,)),
+        ("fp16", (20,)),
+        ("autocast", (5, 26)),
+    ],
+    ids=str,
+)
+def test_each_gradient_of_one_layer_is_as_exact_as_pefts(method, mode, shape, training):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mode, torch.float32)
+    layer = one_layer(method, dtype).train(training)
+    x = torch.randn(*shape, 96, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    truth = layer_results(in_float64(layer), x.double())
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=mode == "autocast"):
+        eager = layer_results(layer, x)
+        with patch_peft(layer, backend="triton"), counted() as launches:
+            own = layer_results(layer, x)
+    assert launches
+    for name in truth:
+        # Under autocast the base layer's result is bf16, and x is not.
+        floor = torch.bfloat16 if mode == "autocast" else dtype
+        assert_as_exact_as_eager(own[name], eager[name], truth[name], floor, name)
+
+
+@BOTH
+@pytest.mark.parametrize("state", ["active", "disabled", "merged", "two active", "none active"])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16], ids=str)
+def test_results_have_the_dtypes_of_pefts(method, state, adapter, inputs):
+    # The base layer answers in float32 to anything, as one that is kept in float32 does.
+    class Wide(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    layer = one_layer(method, base=Wide(96, 64))
+    for name, parameter in layer.named_parameters():
+        if "base_layer" not in name:
+            parameter.data = parameter.data.to(adapter)
+    for buffers in (getattr(layer, "vera_A", None), getattr(layer, "vera_B", None)):
+        if buffers is not None:
+            buffers["default"] = buffers["default"].to(adapter)
+    if state == "merged":
+        layer.merge()
+    layer.enable_adapters(state != "disabled")
+    if state == "none active":
+        layer._active_adapter = []
+    elif state == "two active":
+        layer._active_adapter = ["default", "default"]
+    x = torch.randn(5, 96, device=DEVICE).to(inputs)
+    expected = layer(x)
+    with patch_peft(layer):
+        own = layer(x)
+    assert own.dtype == expected.dtype == inputs
+    tolerance = 3e-2 if torch.bfloat16 in (inputs, adapter) else 1e-6
+    torch.testing.assert_close(own, expected, rtol=tolerance, atol=tolerance)
+
+
+@BOTH
+def test_merging_unmerging_and_disabling_are_pefts(method, calls):
+    model = by_peft(method, "gpt2")
+    expected = {"active": logits(model)}
+    with model.disable_adapter():
+        expected["disabled"] = logits(model)
+    model.merge_adapter()
+    expected["merged"] = logits(model)
+    model.unmerge_adapter()
+    assert (expected["active"] - expected["disabled"]).abs().max() > 1e-2
+    with patch_peft():
+        torch.testing.assert_close(logits(model), expected["active"], rtol=0, atol=1e-5)
+        assert len(calls) == len(peft_layers(model))
+        model.merge_adapter()
+        assert torch.equal(logits(model), expected["merged"])
+        # PEFT unmerges where a merged model is called with its adapters disabled.
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model), expected["disabled"], rtol=0, atol=1e-5)
+        assert not any(layer.merged for layer in peft_layers(model))
+        assert len(calls) == len(peft_layers(model))
+        torch.testing.assert_close(logits(model), expected["active"], rtol=0, atol=1e-5)
+
+
+@BOTH
+def test_dropout_draws_what_pefts_draws_on_the_reference(method):
+    model = by_peft(method, **{f"{method}_dropout": 0.5}).train()
+    torch.manual_seed(0)
+    expected = results(model)
+    with patch_peft(backend="reference"):
+        torch.manual_seed(0)
+        own = results(model)
+        assert not torch.equal(results(model)["logits"], own["logits"]), "it is drawn anew in each call"
+        assert torch.equal(logits(model.eval()), logits(model))
+    for name in expected:
+        torch.testing.assert_close(own[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_with_dropout_learns_what_training_without_it_does(method, use_reentrant):
+    model = by_peft(method, "bert", **{f"{method}_dropout": 0.5}).train()
+    found = []
+    with patch_peft(backend="triton"):
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            torch.manual_seed(0)
+            found.append(results(model))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_frozen_adapters_stay_frozen_and_pass_the_gradient_on(method):
+    layer = one_layer(method).requires_grad_(False)
+    x = torch.randn(5, 96, device=DEVICE, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    with patch_peft(backend="triton"):
+        torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), x)[0], expected, rtol=1e-4, atol=1e-5)
+        assert not layer(x.detach()).requires_grad
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, factor, *, bias=0.0):
+        return super().forward(x) * factor + bias
+
+
+@BOTH
+def test_base_layer_is_called_as_a_module_with_all_arguments(method):
+    layer, x = one_layer(method, base=Scaled(96, 64)), torch.randn(5, 96, device=DEVICE)
+    seen = []
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    expected = layer(x, 2.0, bias=1.0)
+    with patch_peft():
+        torch.testing.assert_close(layer(x, 2.0, bias=1.0), expected)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("method", ["vera"])
+def test_result_of_a_quantised_base_is_cloned_by_peft_first(method, calls):
+    layer, x = one_layer(method), torch.randn(5, 96, device=DEVICE)
+    if not hasattr(layer, "quantization_backend"):
+        pytest.skip("this peft has layers of their own for quantised bases")
+    cloned = []
+
+    class Quantization:
+        def maybe_clone_base_result(self, result):
+            cloned.append(result)
+            return result.clone()
+
+    layer.quantization_backend = Quantization()
+    expected = layer(x)
+    with patch_peft():
+        torch.testing.assert_close(layer(x), expected)
+    assert len(cloned) == 2
+    assert torch.equal(*cloned), "it was not written to"
+
+
+@BOTH
+@pytest.mark.parametrize("watched", [False, True], ids=["plain", "hook"])
+def test_base_layers_result_is_written_only_where_it_is_nobody_elses(method, watched, calls):
+    layer, x = one_layer(method), torch.randn(5, 96, device=DEVICE)
+    outputs = []
+    if watched:
+        layer.base_layer.register_forward_hook(lambda module, args, output: outputs.append((output, output.clone())))
+    with patch_peft():
+        layer(x)
+    assert calls == [f"{method}_linear" + ("" if watched else "_")]
+    for output, before in outputs:
+        assert torch.equal(output, before)
+
+
+@BOTH
+def test_adapters_that_a_layer_lacks_are_passed_over(method, calls):
+    layer, x = one_layer(method), torch.randn(5, 96, device=DEVICE)
+    layer._active_adapter = ["elsewhere"]
+    with patch_peft():
+        assert torch.equal(layer(x), layer.base_layer(x))
+    assert calls == []
+
+
+def only_topk(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the adapter as PEFT has it after loading a file with top-k weights only."""
+    state = peft.get_peft_model_state_dict(model)
+    for name, value in state.items():
+        if "logits" in name:
+            threshold = value.topk(2, dim=-1).values[..., -1:]
+            state[name] = value.where(value >= threshold, float("-inf"))
+    return state
+
+
+def test_training_of_a_topk_adapter_is_refused_and_its_use_is_not(tmp_path):
+    model = by_peft("vblora", save_only_topk_weights=True)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval().to(DEVICE)
+    expected = logits(loaded)
+    with patch_peft():
+        torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+        with pytest.raises(RuntimeError, match="save_only_topk_weights"):
+            logits(loaded.train())
+        assert logits(loaded.eval()).isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["counted versions", "fused"])
+def test_logits_are_looked_at_once_and_again_after_a_load_but_not_after_a_step(fused, monkeypatch):
+    model = by_peft("vblora").train()
+    state = only_topk(model)
+    looks = []
+    isinf = torch.Tensor.isinf
+    monkeypatch.setattr(torch.Tensor, "isinf", lambda tensor: looks.append(tensor) or isinf(tensor))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with patch_peft():
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=fused)
+        for _ in range(3):
+            logits(model).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(looks) == len(peft_layers(model))
+        finite = {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+        peft.set_peft_model_state_dict(model, finite)
+        logits(model)
+        assert len(looks) == 2 * len(peft_layers(model))
+        peft.set_peft_model_state_dict(model, state)
+        with pytest.raises(RuntimeError) as own:
+            logits(model)
+    with pytest.raises(RuntimeError) as theirs:
+        logits(model)
+    assert str(own.value) == str(theirs.value)
+
+
+def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
+    """What backward keeps beside the input, parameters and buffers, which are there anyway."""
+    projections = [v["default"] for v in (getattr(layer, "vera_A", None), getattr(layer, "vera_B", None)) if v]
+    given = {t.untyped_storage()._cdata for t in (x, *layer.parameters(), *projections)}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in given:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [("vblora", {"r": 4, "num_vectors": 256, "vector_length": 256}), ("vera", {"r": 256})],
+    ids=METHODS,
+)
+def test_a_large_layer_keeps_less_than_a_twentieth_of_pefts_bytes_for_backward(method, fields):
+    # In evaluation, where PEFT looks at no values: its layer need not be computed, and keeps the same without dropout.
+    layer = one_layer(method, torch.bfloat16, nn.Linear(4096, 4096, bias=False), **fields).eval()
+    x = torch.randn(1024, 4096, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    own = copy.deepcopy(layer)
+    with patch_peft(own, backend="triton"), intercepted(lambda *_: None):
+        ours = saved_bytes(own, x)
+    theirs = saved_bytes(layer, x)
+    assert 0 < ours < 0.05 * theirs
+
+
+@BOTH
+def test_compiles_as_one_graph_in_evaluation(method):
+    torch._dynamo.reset()
+    model = by_peft(method)
+    expected = logits(model)
+    with patch_peft(), torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(logits(compiled), expected, rtol=0, atol=1e-5)
+
+
+def test_a_second_vera_adapter_of_rank_one_is_spread_over_the_first_ones_ranks_as_in_peft():
+    model = by_peft("vera")
+    model.add_adapter("other", peft.VeraConfig(r=1, projection_prng_key=3, target_modules=["k_proj", "down_proj"]))
+    draw(model).base_model.set_adapter("other")
+    expected = results(model.eval())
+    with patch_peft():
+        own = results(model)
+    for name in expected:
+        torch.testing.assert_close(own[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_loop_patched_midway_goes_on_as_before():
+    model = by_peft("vblora").train()
+    losses = []
+    for patched in (False, True):
+        copied = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=0.02)
+        for step in range(6):
+            if patched and step == 3:
+                patch_peft(backend="reference")
+                assert is_patched(copied)
+            loss = logits(copied).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[6:] == pytest.approx(losses[:6], rel=1e-5)
