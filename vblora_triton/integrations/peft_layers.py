@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vblora_triton import ops
-from vblora_triton.tuner.linear import may_write
+from vblora_triton.tuner.linear import is_plain, may_write
 
 Forward = Callable[..., Tensor]
 

@@ -26,8 +26,8 @@ def is_plain(*tensors: Tensor) -> bool:
 def may_write(base_layer: nn.Module, result: Tensor) -> bool:
     """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
 
-    It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that it is a
-    view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
+    It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that it is
+    a view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
     """
     return (
         type(base_layer) is nn.Linear
