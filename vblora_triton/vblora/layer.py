@@ -101,7 +101,9 @@ class VBLoRALayer(MergingLayer):
         self.vblora_dropout[adapter_name] = nn.Dropout(vblora_dropout) if vblora_dropout > 0 else nn.Identity()
         self.vblora_dropout[adapter_name].train(self.training)
         for own, tensor in zip((self.vblora_logits_A, self.vblora_logits_B), logits, strict=True):
-            nn.init.normal_(tensor, 0, init_logits_std)
+            if not tensor.is_meta:
+                # Without values it would take longest of all that a load does.
+                nn.init.normal_(tensor, 0, init_logits_std)
             own[adapter_name] = nn.Parameter(tensor if tensor.is_meta else tensor.to(device))
         self._shared = (vblora_vector_bank,)
         if adapter_name in self.vblora_topk:

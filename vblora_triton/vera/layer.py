@@ -85,7 +85,7 @@ class VeraLayer(MergingLayer):
         draw_on = device if device.type == "meta" else None
         start_b = torch.ones(self.out_features, dtype=torch.float32, device=draw_on)
         start_d = torch.empty(r, dtype=torch.float32, device=draw_on)
-        if not config.init_weights:
+        if not (config.init_weights or start_d.is_meta):
             start_d.normal_()
         self.r[adapter_name] = r
         self.vera_dropout[adapter_name] = nn.Dropout(config.vera_dropout) if config.vera_dropout > 0 else nn.Identity()
@@ -118,7 +118,7 @@ class VeraLayer(MergingLayer):
 
     def reset_vera_parameters(self, adapter_name: str, d_initial: float = 0.1) -> None:
         """Set an adapter back to where it starts: lambda_d = d_initial, and lambda_b = 0, which adds nothing."""
-        if adapter_name in self.vera_lambda_d:
+        if adapter_name in self.vera_lambda_d and not self.vera_lambda_d[adapter_name].is_meta:
             with torch.no_grad():
                 self.vera_lambda_d[adapter_name].fill_(d_initial)
                 self.vera_lambda_b[adapter_name].zero_()
