@@ -162,3 +162,71 @@ def test_gradients_of_an_input_that_several_layers_read_are_added_in_place(metho
         y.backward(tensors["dy"])
     sums = [e.name for e in profiled.events() if e.name.startswith("aten::add") and list(x.shape) in e.input_shapes]
     assert sums == ["aten::add_"] * 2
+
+
+def fresh(method):
+    """Tensors of a case whose sizes are all different, and the op in both forms."""
+    case = VeraCase(M=5, K=6, N=7, r=3, device="cpu") if method == "vera" else LinearCase(M=5, K=6, N=9, b=3, h=5)
+    tensors = case.tensors()
+    x, base, *rest = arguments(tensors) if method == "vera" else [*(t for n, t in tensors.items() if n != "dy"), case.k]
+    return x, base, rest, getattr(ops, f"{method}_linear"), getattr(ops, f"{method}_linear_")
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("method", CASES)
+def test_in_place_refuses_before_writing_what_autograd_could_not_follow(method, backend):
+    x, base, rest, _, op = fresh(method)
+    made = (base * 1)[:]
+    with torch.inference_mode():
+        inference = base.detach().clone()
+    for target, error, message in (
+        (base, ValueError, "is a leaf that requires a gradient"),
+        (made, ValueError, "is a view"),
+        ((base * 1).unbind()[0], ValueError, "is a view|`base_out` has shape"),
+        (inference, ValueError, "was made in inference mode"),
+        (None, TypeError, "must be a floating tensor, not None"),
+    ):
+        before = None if target is None else target.detach().clone()
+        with pytest.raises(error, match=message):
+            op(x, target, *rest, backend=backend)
+        assert target is None or torch.equal(target, before)
+    with torch.no_grad():
+        op(x, made, *rest, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("method", CASES)
+def test_in_place_is_a_new_tensor_under_transforms(method, backend):
+    x, base, rest, op, in_place_op = fresh(method)
+    base = base.detach()
+    expected = op(x, base, *rest, backend="reference").sum()
+    value = torch.func.vmap(lambda x, b: in_place_op(x, b, *rest, backend=backend))(x.detach(), base.clone()).sum()
+    torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+def test_no_input_features_leave_base_out_as_it_is(backend):
+    x, base = torch.randn(3, 0), torch.randn(3, 4)
+    y = ops.vera_linear(x, base, torch.randn(4), torch.randn(2), torch.randn(2, 0), torch.randn(4, 2), backend=backend)
+    assert torch.equal(y, base)
+    y = ops.vblora_linear(x, base, torch.randn(2, 0, 3), torch.randn(2, 2, 3), torch.randn(3, 2), 2, backend=backend)
+    assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_shapes_can_be_had_on_the_meta_device(method):
+    x, base, rest, op, _ = fresh(method)
+    meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in (x, base, *rest)]
+    assert op(*meta).shape == base.shape
+
+
+def test_an_in_place_update_with_dropout_is_rounded_once():
+    case = VeraCase(M=40, dtype=torch.bfloat16, device="cpu")
+    tensors = {n: t.detach() for n, t in case.tensors().items()}
+    tensors |= {n: tensors[n].bfloat16() for n in ("lambda_b", "lambda_d")}
+    results = []
+    for op in (ops.vera_linear, ops.vera_linear_):
+        torch.manual_seed(0)
+        inputs = [t.clone() for t in arguments(tensors)]
+        results.append(op(*inputs, dropout_p=0.5, training=True))
+    assert torch.equal(*results)

@@ -243,6 +243,13 @@ def test_bad_options_get_an_error_that_names_them():
     with pytest.raises(ValueError, match=r"`projection` has values of shape \(4, 20\).*must be \(3, 20\)"):
         ops.vera_linear(*arguments(tensors), backend="triton", projection=projection)
     projection = ops.Projection(torch.ones(3, 20), torch.ones(0))
+    whole = ops.vera_project(tensors["x"], tensors["A"], backend="triton")
+    turned = ops.Projection(whole.values.T.contiguous().T, whole.scale)
+    for backend in ("triton", "reference"):
+        with pytest.raises(ValueError, match="`projection` is not contiguous"):
+            ops.vera_linear(*arguments(tensors), backend=backend, projection=turned)
+        with pytest.raises(TypeError, match=r"`projection` has values of torch\.float16"):
+            ops.vera_linear(*arguments(tensors), backend=backend, projection=whole._replace(values=whole.values.half()))
     options = {"dropout_p": 0.5, "training": True, "projection": projection}
     with pytest.raises(ValueError, match="made without dropout"):
         ops.vera_linear(*arguments(tensors), backend="triton", **options)

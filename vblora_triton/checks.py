@@ -117,10 +117,20 @@ def check_projected(x: Tensor, A: Tensor) -> None:
         )
 
 
-def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor) -> None:
-    """Check that a projection can be one of x by A."""
+def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, dropout: float) -> None:
+    """Check that a projection can be one of x by A, and that no dropout is in force beside it."""
+    if dropout > 0:
+        raise ValueError(
+            f"`projection` was made without dropout, but `dropout_p` is {dropout}; leave `projection` out."
+        )
     M = math.prod(x.shape[:-1])
     packed = values.dtype == torch.int16
+    if values.dtype not in (torch.int16, torch.float32) or scale.dtype != torch.float32:
+        raise TypeError(
+            f"`projection` has values of {values.dtype} and a scale of {scale.dtype}; make it with vera_project(x, A)."
+        )
+    if not (values.is_contiguous() and scale.is_contiguous()):
+        raise ValueError("`projection` is not contiguous; make it with vera_project(x, A).")
     if values.shape != (M, A.shape[0]) or scale.shape != (M if packed else 0,) or values.device != x.device:
         raise ValueError(
             f"`projection` has values of shape {tuple(values.shape)} on {values.device}; with x {tuple(x.shape)} on "
@@ -128,14 +138,28 @@ def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor) -> Non
         )
 
 
-def check_in_place(x: Tensor, base_out: Tensor, otherwise: str) -> None:
+def check_in_place(x: Tensor, base_out: Tensor | None, otherwise: str) -> None:
     """Check that an update from x can be written into base_out; `otherwise` names the op that makes a new tensor."""
+    if base_out is None:
+        raise TypeError(f"`base_out` must be a floating tensor, not None; call {otherwise} for the update alone.")
     if x is base_out or (not torch.compiler.is_compiling() and is_alias_of(x, base_out)):
         raise ValueError(f"`x` and `base_out` share memory, and x is needed as it is; call {otherwise}.")
     if not base_out.is_contiguous():
         raise ValueError(
             f"`base_out` has strides {base_out.stride()}, but only a contiguous tensor can be written in place; "
             f"call {otherwise}."
+        )
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # Torch would notice after the values had been written, or lose a gradient without a word.
+        if base_out._is_view():
+            raise ValueError(f"`base_out` is a view, and the gradient of its base would be lost; call {otherwise}.")
+        if base_out.requires_grad and base_out.is_leaf:
+            raise ValueError(
+                f"`base_out` is a leaf that requires a gradient, and is needed as it is; call {otherwise}."
+            )
+    if base_out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"`base_out` was made in inference mode and cannot be written outside of it; call {otherwise}."
         )
 
 

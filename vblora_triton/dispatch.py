@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vblora_triton import eager
 from vblora_triton.triton_ops import support
@@ -41,7 +42,7 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """The matmuls of the definition keep their own dtypes: autocast is for the base model."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -72,7 +73,10 @@ def choose(backend: str, sizes: support.Sizes, *tensors: Tensor | None) -> str:
     if backend == "reference":
         return "reference"
     if backend == "auto" and given[0].device.type != "cuda":
-        return "eager" if eager.fits(*given) else "reference"
+        return "eager" if eager.fits(*given) and not is_transformed() else "reference"
+    if backend == "auto" and is_transformed():
+        # The kernels know neither torch.func's transforms nor forward-mode derivatives.
+        return "reference"
     problem = support.unfit(sizes, *given)
     if problem is None:
         return "triton"
@@ -80,3 +84,10 @@ def choose(backend: str, sizes: support.Sizes, *tensors: Tensor | None) -> str:
         return "reference"
     error, reason = problem
     raise error(f"backend 'triton' cannot run here: {reason}. Use backend='reference', or 'auto' to have it chosen.")
+
+
+def is_transformed() -> bool:
+    """Say whether a transform of torch.func, or a forward-mode derivative, is under way."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

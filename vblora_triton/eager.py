@@ -7,20 +7,14 @@ transforms, for second derivatives, and with dropout.
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from vblora_triton import reference
 from vblora_triton.triton_ops.register import first_derivative_only
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Say whether these are ordinary tensors on the CPU in an ordinary call, which is all that is served here."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and all(t is None or t.device.type == "cpu" for t in tensors)
-    )
+    """Say whether these are tensors on the CPU outside of a compiler, which is all that is served here."""
+    return not torch.compiler.is_compiling() and all(t is None or t.device.type == "cpu" for t in tensors)
 
 
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +25,8 @@ def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return indices[..., :topk].contiguous(), values[..., :topk].softmax(-1)
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype that all of these are promoted to."""
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -135,7 +130,7 @@ def vera_linear(
 class _VeraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base_out, lambda_b, lambda_d, A, B, in_place):
-        dtype = _wide(x, A, lambda_d)
+        dtype = widest(x, A, lambda_d)
         A, B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
         p = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T
         if in_place:

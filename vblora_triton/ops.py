@@ -18,7 +18,7 @@ from vblora_triton.checks import (
     check_vera,
     dropout_in_force,
 )
-from vblora_triton.dispatch import choose, no_autocast, seed_for, use_backend
+from vblora_triton.dispatch import choose, is_transformed, no_autocast, seed_for, use_backend
 from vblora_triton.triton_ops import linear, vera
 from vblora_triton.triton_ops.support import vblora_sizes, vera_sizes
 
@@ -112,7 +112,7 @@ def vblora_linear(
     chosen = choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out)
     if chosen != "triton":
         with no_autocast(x.device.type):
-            if chosen == "eager" and p == 0:
+            if chosen == "eager" and p == 0 and x.shape[-1]:
                 return eager.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk)
             return reference.vblora_linear(
                 x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training
@@ -134,18 +134,18 @@ def vblora_linear_(
 ) -> Tensor:
     """`vblora_linear`, written into `base_out`, which is returned: no second tensor of the size of the output.
 
-    For a `base_out` that nobody else needs: a plain linear's backward does not, an activation's does. Under
-    torch.compile it is `vblora_linear`, and the compiler sees to the memory.
+    For a `base_out` that nobody else needs: a plain linear's backward does not, an activation's does. Under compilers
+    and transforms it is `vblora_linear`.
 
     Raises:
-        ValueError: as `vblora_linear`; or `base_out` is not contiguous, or shares memory with x.
+        ValueError: as `vblora_linear`; or `base_out` is not contiguous, shares memory with x, is a view, or is a leaf
+            that requires a gradient; nothing is written then.
     """
     check_tensors(x=x, base_out=base_out, logits_A=logits_A, logits_B=logits_B, vector_bank=vector_bank)
     check_linear(x, base_out, vector_bank, logits_A, logits_B, vector_bank.shape[0], "logits")
     check_topk(topk, vector_bank.shape[0])
     p = dropout_in_force(dropout_p, training)
-    check_in_place(x, base_out, "vblora_linear")
-    if torch.compiler.is_compiling():
+    if not _in_place(x, base_out, "vblora_linear"):
         return vblora_linear(
             x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training, backend=backend
         )
@@ -153,7 +153,7 @@ def vblora_linear_(
     chosen = choose(backend, sizes, x, logits_A, logits_B, vector_bank, base_out)
     if chosen != "triton":
         with no_autocast(x.device.type):
-            if chosen == "eager" and p == 0:
+            if chosen == "eager" and p == 0 and x.shape[-1]:
                 return eager.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk, in_place=True)
             # In the wide dtype, so that there is one rounding: that of the sum.
             x = x.to(torch.promote_types(x.dtype, vector_bank.dtype))
@@ -175,6 +175,14 @@ class Selection(NamedTuple):
     weights_A: Tensor
     indices_B: Tensor
     weights_B: Tensor
+
+
+def _in_place(x: Tensor, base_out: Tensor, otherwise: str) -> bool:
+    """Whether to write into base_out, which is checked; compilers and transforms are given a new tensor."""
+    if is_transformed():
+        return False
+    check_in_place(x, base_out, otherwise)
+    return not torch.compiler.is_compiling()
 
 
 def select(logits_A: Tensor, logits_B: Tensor, topk: int, *, backend: str = "auto") -> Selection:
@@ -251,7 +259,7 @@ def vblora_linear_selected(
 
 
 class Projection(NamedTuple):
-    """What a layer's input is projected to, dropout(x) A^T, for all layers that read that input: (M, r), M rows of x.
+    """What M rows of a layer's input are projected to, x A^T, (M, r), for all layers that read that input.
 
     values: float32; or, with many rows and 16-bit activations, int16 in units of the row's `scale`.
     scale: (M) float32; or empty.
@@ -306,9 +314,9 @@ def vera_linear(
 
     out = base_out + lambda_b * ((lambda_d * (dropout(x) A[:, :in]^T)) B[:out]^T)      (VeRA, arXiv 2310.11454, eq. 2)
 
-    Differentiable once in x, base_out, lambda_b and lambda_d; A and B are frozen. The kernels keep the projection
-    for backward, (M, r) in the size of the activations, and not x. With 16-bit activations they keep 16 bits of A and B
-    where the gradients of lambda_b and lambda_d depend on them, 8 with `torch.set_float32_matmul_precision("medium")`.
+    Differentiable once in x, base_out, lambda_b and lambda_d; A and B are frozen. The kernels keep the projection for
+    backward, (M, r), and not x. Beside 16-bit activations 16 bits of A and B count where the gradients of lambda_b and
+    lambda_d depend on them, 8 with `torch.set_float32_matmul_precision("medium")`.
 
     Args:
         x: (*batch, in), floating.
@@ -320,7 +328,7 @@ def vera_linear(
         dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`; the kernels round it
             to a multiple of 2^-16, and scale by what they rounded to.
         backend: "auto", "triton" or "reference"; see `use_backend`.
-        projection: of x, by `vera_project`; without it, x is projected here.
+        projection: of x, by `vera_project`, where there is one.
     Returns:
         (*batch, out), in the dtype of `base_out`, or of `x` where there is none.
     Raises:
@@ -328,14 +336,14 @@ def vera_linear(
             one of x or dropout is in force beside it, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    chosen = _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend)
+    p = dropout_in_force(dropout_p, training)
+    chosen = _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend, projection, p)
     if chosen != "triton":
-        p = dropout_in_force(dropout_p, training)
         with no_autocast(x.device.type):
-            if chosen == "eager" and p == 0:
+            if chosen == "eager" and p == 0 and x.shape[-1]:
                 return eager.vera_linear(x, base_out, lambda_b, lambda_d, A, B)
             return reference.vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
-    given = _projected(x, A, base_out, dropout_p, training, projection)
+    given = _projected(x, A, base_out, p, projection)
     return torch.ops.vblora_triton.vera_linear(x, base_out, lambda_b, lambda_d, A, B, *given)
 
 
@@ -357,43 +365,48 @@ def vera_linear_(
     For a `base_out` that nobody else needs; see `vblora_linear_`.
 
     Raises:
-        ValueError: as `vera_linear`; or `base_out` is not contiguous, or shares memory with x.
+        ValueError: as `vblora_linear_`.
     """
-    chosen = _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend)
-    check_in_place(x, base_out, "vera_linear")
-    if torch.compiler.is_compiling():
-        options = {"dropout_p": dropout_p, "training": training, "backend": backend, "projection": projection}
-        return vera_linear(x, base_out, lambda_b, lambda_d, A, B, **options)  # type: ignore[arg-type]
+    p = dropout_in_force(dropout_p, training)
+    chosen = _vera_backend(x, base_out, lambda_b, lambda_d, A, B, backend, projection, p)
+    if not _in_place(x, base_out, "vera_linear"):
+        options: dict = {"dropout_p": dropout_p, "training": training, "backend": backend, "projection": projection}
+        return vera_linear(x, base_out, lambda_b, lambda_d, A, B, **options)
     if chosen != "triton":
-        p = dropout_in_force(dropout_p, training)
         with no_autocast(x.device.type):
-            if chosen == "eager" and p == 0:
+            if chosen == "eager" and p == 0 and x.shape[-1]:
                 return eager.vera_linear(x, base_out, lambda_b, lambda_d, A, B, in_place=True)
             # In the wide dtype, so that there is one rounding: that of the sum.
-            x = x.to(torch.promote_types(x.dtype, lambda_d.dtype))
+            x = x.to(eager.widest(x, A, lambda_d, lambda_b))
             update = reference.vera_linear(x, None, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
         return base_out.add_(update)
-    given = _projected(x, A, base_out, dropout_p, training, projection)
+    given = _projected(x, A, base_out, p, projection)
     return vera.linear_(x, base_out, lambda_b, lambda_d, A, B, *given)
 
 
 def _vera_backend(
-    x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor, backend: str
+    x: Tensor,
+    base_out: Tensor | None,
+    lambda_b: Tensor,
+    lambda_d: Tensor,
+    A: Tensor,
+    B: Tensor,
+    backend: str,
+    projection: Projection | None,
+    p: float,
 ) -> str:
     check_tensors(x=x, base_out=base_out, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
     check_vera(x, base_out, lambda_b, lambda_d, A, B)
+    if projection is not None:
+        check_projection(x, A, *projection, p)
     return choose(backend, vera_sizes(lambda_d.shape[0]), x, lambda_b, lambda_d, A, B, base_out)
 
 
 def _projected(
-    x: Tensor, A: Tensor, base_out: Tensor | None, dropout_p: float, training: bool, projection: Projection | None
+    x: Tensor, A: Tensor, base_out: Tensor | None, p: float, projection: Projection | None
 ) -> tuple[Tensor, Tensor, float, Tensor | None]:
     """The projection, given or made, and the dropout that is in it."""
-    p = dropout_in_force(dropout_p, training)
     if projection is None:
         seed = seed_for(p, x)
         return *_project(x, A, base_out, p, seed), p, seed
-    if p > 0:
-        raise ValueError(f"`projection` was made without dropout, but `dropout_p` is {p}; leave `projection` out.")
-    check_projection(x, A, *projection)
     return *projection, 0.0, None

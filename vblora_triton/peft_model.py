@@ -257,6 +257,8 @@ class PeftModel(SeenAsPefts, nn.Module):
         if new:
             config.inference_mode = not is_trainable
             tuner.add_adapter(adapter_name, config, low_cpu_mem_usage=True, heads=self.task_heads)
+        for name in config.origin_fields:
+            setattr(self.peft_config[adapter_name], name, getattr(config, name))
         self._fill(adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage)
         if is_trainable:
             tuner.set_requires_grad(adapter_name)

@@ -260,3 +260,19 @@ def test_an_adapter_without_values_is_filled_by_a_loader(tmp_path):
         empty.save_pretrained(tmp_path / "empty")
     empty.load_adapter(tmp_path, "default")
     assert torch.equal(outputs(empty), outputs(model))
+
+
+def test_refilling_from_a_file_of_another_key_takes_the_key_over(tmp_path, recwarn):
+    other = adapted(projection_prng_key=7, save_projection=False)
+    other.save_pretrained(tmp_path / "other")
+    model = adapted(save_projection=False)
+    recwarn.clear()
+    model.load_adapter(tmp_path / "other", "default")
+    assert not recwarn.list
+    assert torch.equal(outputs(model), outputs(other))
+    config = model.peft_config["default"]
+    assert (config.projection_prng_key, config.save_projection) == (7, False)
+    model.save_pretrained(tmp_path / "again")
+    assert size_on_disk(tmp_path / "again" / WEIGHTS) == size_on_disk(tmp_path / "other" / WEIGHTS)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "again")
+    assert torch.equal(outputs(again), outputs(other))

@@ -197,3 +197,19 @@ def test_only_the_layers_asked_for_size_the_projections():
     assert adapted(target_modules="all-linear").base_model.vera_B["default"].shape == (96, 6)
     first = adapted(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
     assert first.targeted_module_names == ["model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_float64_weight_keeps_its_bits_when_nothing_is_merged_into_it(keep):
+    # Drawn in float64: values that float32 does not have.
+    base = tiny_llama().double()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter)
+    model = get_peft_model(base, VeraConfig(**FIELDS))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _, layer in model.base_model.layers():
+        layer.keep_base_weight = keep
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        change()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]), name

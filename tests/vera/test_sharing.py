@@ -141,3 +141,18 @@ def test_a_model_compiles_as_one_graph(backend):
     compiled = torch.compile(model.base_model, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_whose_hook_may_change_its_input_projects_for_itself():
+    q, k = attention(adapted())
+    x = torch.randn(80, 64, device=DEVICE, dtype=torch.bfloat16)
+    expected = k(x * 2)
+
+    def double(x):
+        # Without a trace in its version.
+        x.data.mul_(2)
+
+    k.register_forward_pre_hook(lambda module, args: double(args[0]))
+    with torch.no_grad(), sharing.shared_projections():
+        q(x)
+        assert torch.equal(k(x), expected)

@@ -194,6 +194,8 @@ class PeftConfig:
 
     # Fields that say how the adapter's file is to be read; those of the file count, also where an adapter is refilled.
     file_fields: ClassVar[tuple[str, ...]] = ()
+    # Those of them that say where values come from; an adapter that is refilled takes them over with the values.
+    origin_fields: ClassVar[tuple[str, ...]] = ()
     # Fields that PEFT's class does not have; None is not written, so that PEFT reads the file without a warning.
     own_fields: ClassVar[tuple[str, ...]] = ()
 

@@ -214,7 +214,8 @@ class MergingLayer(BaseTunerLayer):
             ValueError: with `check_finite`, the result is not finite; the message names the adapter.
         """
         with torch.no_grad():
-            total = self.weight.detach().float()
+            # float64 weights keep their bits.
+            total = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
             for adapter in adapter_names:
                 total = total + self.get_delta_weight(adapter)
                 if check_finite and not torch.isfinite(total.to(self.weight.dtype)).all():
@@ -258,7 +259,8 @@ class MergingLayer(BaseTunerLayer):
                 self.weight.copy_(self._base_weight)
             else:
                 deltas = [self.get_delta_weight(adapter) for adapter in self.merged_adapters]
-                self.weight.copy_(self.weight.float() - torch.stack(deltas).sum(0))
+                wide = torch.promote_types(self.weight.dtype, torch.float32)
+                self.weight.copy_(self.weight.to(wide) - torch.stack(deltas).sum(0))
         self._base_weight = None
         self.merged_adapters.clear()
 

@@ -71,6 +71,7 @@ class VeraConfig(PeftConfig):
 
     own_fields: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     file_fields: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
+    origin_fields: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
     _peft_type: ClassVar[PeftType | None] = PeftType.VERA
 
     def check(self) -> None:

@@ -170,7 +170,9 @@ class Linear(AdaptedLinear, VeraLayer):
         op = ops.vera_linear_ if may_write(self.base_layer, result) else ops.vera_linear
         lambdas = (self.vera_lambda_b[adapter], self.vera_lambda_d[adapter])
         options = self._op_options(self.vera_dropout[adapter])
-        if not (options["training"] and options["dropout_p"]) and A is self.vera_A[adapter]:
+        # A hook before the layer may have written into x and left no trace of it.
+        plain = not self._forward_pre_hooks and A is self.vera_A[adapter]
+        if plain and not (options["training"] and options["dropout_p"]):
             options["projection"] = shared_projection(x, A, result, self.backend)
         return op(x, result, *lambdas, A, B, **options)
 
