@@ -1,6 +1,7 @@
 """patch_peft, unpatch_peft and is_patched: what is replaced, what is refused, and that all of it comes back."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -245,11 +246,16 @@ def test_a_forward_that_somebody_replaced_is_refused_by_name(method):
         (vera_layer.Linear, "forward"),
     ],
 )
-def test_a_version_of_peft_that_computes_otherwise_is_refused_by_name(cls, name, monkeypatch):
+@pytest.mark.parametrize("wraps", [False, True], ids=["another", "functools.wraps"])
+def test_a_version_of_peft_that_computes_otherwise_is_refused_by_name(cls, name, wraps, monkeypatch):
     model = by_peft("vblora" if cls is vblora_layer.Linear else "vera")
     unknown = vars(cls)[name]
+
+    def replaced(self, *args):
+        return unknown(self, *args)
+
     with monkeypatch.context() as context:
-        context.setattr(cls, name, lambda self, *args: unknown(self, *args))
+        context.setattr(cls, name, functools.wraps(unknown)(replaced) if wraps else replaced)
         before = forwards()
         for given in (None, model):
             with pytest.raises(TypeError, match=rf"{cls.__module__}.Linear.{name} of peft {peft.__version__} is not"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vblora_triton import ops
@@ -82,7 +82,8 @@ def layer_kinds() -> list[LayerKind]:
 def _digest(function: Any) -> str | None:
     """A hash of a function's source without blanks and comments, the same for every version of Python."""
     try:
-        lines = inspect.getsource(function).splitlines()
+        # Of the function itself: what somebody put around it by functools.wraps shows the source of what it wraps.
+        lines = inspect.getsource(getattr(function, "__code__", function)).splitlines()
     except (OSError, TypeError):
         return None
     code = "".join("".join(line.split()) for line in lines if not line.lstrip().startswith("#"))
@@ -174,7 +175,7 @@ class TopkRefusal:
 
     def __init__(self) -> None:
         self._seen = WeakTensorKeyDictionary()
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     # Values cannot be looked at in a graph: torch.compile leaves it here, as it does in PEFT's own layer.
     @torch.compiler.disable
@@ -192,26 +193,33 @@ class TopkRefusal:
             layer._get_lora_matrices(adapter)
         if known:
             self._seen[logits] = _memory_and_version(logits)
-            if self._hook is None:
-                self._hook = register_optimizer_step_post_hook(self._after_step)
+            if not self._hooks:
+                self._hooks = [
+                    register_optimizer_step_pre_hook(self._before_step),
+                    register_optimizer_step_post_hook(self._after_step),
+                ]
 
     def forget(self, layer: nn.Module | None = None) -> None:
         """Forget what was seen of a layer's parameters, or of all."""
         for parameter in list(self._seen.keys() if layer is None else layer.parameters()):
             self._seen.pop(parameter, None)
-        self._drop_hook()
+        # Not from within the hooks: torch walks over them there.
+        if not len(self._seen):
+            while self._hooks:
+                self._hooks.pop().remove()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # What was written to since the look is looked at after the step, not taken for the optimizer's own.
+        for parameter in self._seen_of(optimizer):
+            if self._seen[parameter] != _memory_and_version(parameter):
+                del self._seen[parameter]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._seen:
-                    self._seen[parameter] = _memory_and_version(parameter)
-        self._drop_hook()
+        for parameter in self._seen_of(optimizer):
+            self._seen[parameter] = _memory_and_version(parameter)
 
-    def _drop_hook(self) -> None:
-        if self._hook is not None and not len(self._seen):
-            self._hook.remove()
-            self._hook = None
+    def _seen_of(self, optimizer: Optimizer) -> list[Tensor]:
+        return [p for group in optimizer.param_groups for p in group["params"] if p in self._seen]
 
 
 def _memory_and_version(tensor: Tensor) -> tuple[StorageWeakRef, int]:
