@@ -4,6 +4,9 @@ VENV := .venv
 # Where a command should run on another interpreter than the one in .venv: make gpu PY=python3
 PY ?= $(VENV)/bin/python
 
+# Only .venv's own interpreter wants it made.
+INSTALLED := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
+
 # Where results of `make gpu` go.
 OUT ?= build/gpu
 ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_checkpoint.py tests/test_auto.py \
@@ -50,11 +53,11 @@ fix: $(VENV)/.installed
 	$(PY) -m ruff format .
 
 # `make bench BENCH="block --json bench/results/block.json"`; `python -m bench --help` has the options.
-bench: $(VENV)/.installed
+bench: $(INSTALLED)
 	$(PY) -m bench $(BENCH)
 	$(PY) -m bench.pytest_cpu
 
-report: $(VENV)/.installed
+report: $(INSTALLED)
 	$(PY) -m bench.report
 
 kernels-report: $(VENV)/.installed

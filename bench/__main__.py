@@ -1,12 +1,16 @@
 """Measure this package beside PEFT and the frozen base alone: `python -m bench`, or `make bench`.
 
-Without a GPU it compares the plain PyTorch of both on the CPU, and runs the kernels under Triton's interpreter.
+Without a GPU it compares both on the CPU, and runs the kernels under Triton's interpreter. Exits 1 where something of
+ours is wrong or fails, 2 where the options are.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.util
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +25,9 @@ from bench.environment import environment
 from bench.floors import H200, Rates, table
 from bench.machine import Cpu, Cuda, Machine
 from bench.providers import PROVIDERS, Provider
-from bench.records import Record, Results
+from bench.records import Record, Results, check_writable, problems
 from bench.runner import Effort
-from bench.suites import measure, work_of
+from bench.suites import Work, measure, work_of
 from bench.table import progress, show, show_floors, show_ratios
 
 
@@ -31,12 +35,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     made.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all by default")
     made.add_argument("--quick", action="store_true", help="few cases, short, nothing compiled: under 2 minutes")
-    made.add_argument("--list", action="store_true", help="print the cases and the providers, and run nothing")
+    made.add_argument("--list", action="store_true", help="print the cases that would run here, and the providers")
     made.add_argument("--filter", default="", help="of the ids, those that contain this, or match it with * and ?")
     made.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and the base and PEFT's for ratios")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after each case")
     made.add_argument("--plot", type=Path, metavar="DIR", help="write pictures here")
-    made.add_argument("--seconds", type=float, default=0.2, help="of runs for each provider of a case (default 0.2)")
+    made.add_argument("--seconds", type=float, help="of runs for each provider of a case (default 0.2)")
     made.add_argument("--minutes", type=float, help="begin nothing new after this")
     made.add_argument("--commit", help="the commit, where the checkout has no history")
     made.add_argument("--floors", action="store_true", help="print what plans of kernels cost, computed for an H200")
@@ -67,10 +71,48 @@ def chosen(options: argparse.Namespace) -> tuple[list[Case], list[Provider]]:
     return cases, providers
 
 
+def work_here(options: argparse.Namespace) -> tuple[list[Work], list[str], str]:
+    """What the options ask for that can run here, the providers' names, and what stands before the ids.
+
+    Raises:
+        ValueError: a name is unknown, or nothing is left.
+    """
+    cases, providers = chosen(options)
+    prefix, names = "", [provider.name for provider in providers]
+    if options.rehearse or torch.cuda.is_available():
+        work = work_of(cases, wanted(options.filter))
+    else:
+        prefix, names = cpu.PREFIX, [provider.name for provider in cpu.COMPARED]
+        work = cpu.work_on_cpu(wanted(options.filter), options.suites or SUITES)
+    if not work:
+        asked = " ".join([*options.suites, *(["--filter", repr(options.filter)] if options.filter else [])])
+        raise ValueError(f"no case that runs here matches {asked or 'these options'}; --list prints those that do")
+    return work, names, prefix
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """See, before anything is measured, that what is to be written can be.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        if options.json is not None:
+            check_writable(options.json)
+        if options.plot is not None:
+            options.plot.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write: {error}") from error
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot wants matplotlib, which is not installed: pip install matplotlib, or leave it out")
+
+
 def header(machine_name: str | None, rates: Rates | None, commit: str | None) -> dict[str, Any]:
     """What a result was measured on."""
     found = environment(commit)
-    found["machine"] = machine_name or "CPU"
+    found["machine"] = (
+        machine_name or f"{found['cpu']}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+    )
     if rates is not None:
         found |= {
             "copy_gb_s": rates.copy * 1e-9,
@@ -82,8 +124,8 @@ def header(machine_name: str | None, rates: Rates | None, commit: str | None) ->
 
 def run_suites(options: argparse.Namespace, machine: Machine, effort: Effort) -> list[Record]:
     """Measure what was chosen; print each case as it comes, and keep the file up to date."""
-    cases, providers = chosen(options)
-    work = work_of(cases, wanted(options.filter))
+    _, providers = chosen(options)
+    work, _, _ = work_here(options)
     rates = machine.rates()
     print(
         f"{machine.name}: copy {rates.copy * 1e-9:,.0f} GB/s, bf16 products {rates.matmul * 1e-12:,.1f} TFLOP/s, "
@@ -108,21 +150,42 @@ def run_suites(options: argparse.Namespace, machine: Machine, effort: Effort) ->
 def run_on_cpu(options: argparse.Namespace) -> int:
     """What is left to do without a GPU: ratios to PEFT, and the kernels under the interpreter."""
     print("There is no GPU here: the GPU suites (layer, block, decode, model, load) were skipped.")
-    print(
-        "Plain PyTorch on this CPU, ours and PEFT's turn by turn; a ratio below 1 means that ours is faster.",
-        flush=True,
-    )
+    work, _, _ = work_here(options)
+    unused = [name for name in ("providers", "seconds", "minutes") if getattr(options, name) is not None]
+    if unused:
+        print(f"Without a GPU these do not apply: {', '.join('--' + name for name in unused)}.")
     results = Results(header(None, None, options.commit), options.json)
+    print(f"On {results.header['machine']}:")
+    print("ours with backend \"auto\", PEFT's layers, and PEFT's patched by this package,")
+    print("turn by turn; a ratio to PEFT's below 1 means that ours is faster.", flush=True)
     effort = Effort(least=9, most=20, seconds=0.3) if options.quick else Effort(least=20, most=100, seconds=1.5)
-    with progress(cpu.cases_wanted(wanted(options.filter))) as step:
-        for records in cpu.compare(effort, wanted(options.filter)):
+    with progress(len(work)) as step:
+        for records in cpu.compare(effort, work):
             step(records[0].id().rpartition("/")[0])
             results.add(records)
     show_ratios(results.records)
     print("\nThe kernels under Triton's interpreter, outputs and gradients against float64:", flush=True)
     code = cpu.interpret_elsewhere()
     _plot(options, results)
-    return code
+    return verdict(results.records) or code
+
+
+def verdict(records: list[Record]) -> int:
+    """1 where something of ours is wrong or failed, having said what; else 0."""
+    bad = problems(records)
+    for line in bad:
+        print(f"bench: {line}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def rehearse_elsewhere(arguments: list[str]) -> int:
+    """Run the command again with the interpreter, whose variable Triton reads when a kernel is defined."""
+    path = os.pathsep.join(filter(None, [str(cpu.ROOT), os.environ.get("PYTHONPATH")]))
+    # In this folder, which paths among the arguments may be relative to.
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+    ).returncode
 
 
 def _plot(options: argparse.Namespace, results: Results) -> None:
@@ -135,28 +198,30 @@ def _plot(options: argparse.Namespace, results: Results) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.floors:
+        show_floors(table(H200))
+        return 0
     try:
-        cases, providers = chosen(options)
+        work, names, prefix = work_here(options)
+        if not options.list:
+            check_outputs(options)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if options.list:
-        for case, direction in work_of(cases, wanted(options.filter)):
-            print(case.id(direction))
-        print("\nproviders: " + ", ".join(provider.name for provider in providers))
+        for case, direction in work:
+            print(prefix + case.id(direction))
+        print("\nproviders: " + ", ".join(names))
         return 0
-    if options.floors:
-        show_floors(table(H200))
-        return 0
-    effort = Effort(seconds=options.seconds / 2 if options.quick else options.seconds)
     if options.rehearse:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return rehearse_elsewhere(sys.argv[1:] if arguments is None else arguments)
         # Times of a rehearsal mean nothing, so one run will do.
-        run_suites(options, Cpu(), Effort(least=1, most=1, warm_up=1))
-        return 0
+        return verdict(run_suites(options, Cpu(), Effort(least=1, most=1, warm_up=1)))
     if not torch.cuda.is_available():
         return run_on_cpu(options)
-    run_suites(options, Cuda(), effort)
-    return 0
+    seconds = 0.2 if options.seconds is None else options.seconds
+    return verdict(run_suites(options, Cuda(), Effort(seconds=seconds / 2 if options.quick else seconds)))
 
 
 if __name__ == "__main__":

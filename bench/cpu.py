@@ -1,24 +1,26 @@
-"""What a CPU can say: this package's plain PyTorch beside PEFT's, and the kernels under Triton's interpreter."""
+"""What a CPU can say: this package's layers as its users run them beside PEFT's, and the kernels interpreted."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench.cases import Case, on_cpu, tiny
+from bench.cases import SUITES, Case, on_cpu, tiny
 from bench.correctness import errors, limits, truth_of, verdict
 from bench.floors import Rates
 from bench.machine import Call, Cpu
-from bench.providers import BASE, EAGER_PEFT, PROVIDERS, REFERENCE, Adapt, Provider, UnavailableError, ours
+from bench.providers import BASE, EAGER_PEFT, PATCHED_PEFT, PROVIDERS, Adapt, Provider, UnavailableError, ours
 from bench.records import Record
 from bench.runner import Effort
 from bench.suites import Work, measure, work_of
 from bench.workloads import Workload, make_base, sharing_copy
 
 ROOT = Path(__file__).parents[1]
+# Before the ids of what is compared here, so that no one takes them for a GPU's.
+PREFIX = "cpu_"
 # A CPU's floor is not asked for.
 NO_RATES = Rates(float("inf"), float("inf"), float("inf"))
 
@@ -30,23 +32,25 @@ class Timer(Cpu):
         return None
 
 
-COMPARED = tuple(p for p in PROVIDERS if p.name in (BASE, REFERENCE, EAGER_PEFT))
+_BY_NAME = {p.name: p for p in PROVIDERS}
+# What a user of a CPU gets is the backend "auto"; the definition, which nobody runs, only sets the tolerance.
+COMPARED = (_BY_NAME[BASE], Provider("ours", ours("auto")), _BY_NAME[EAGER_PEFT], _BY_NAME[PATCHED_PEFT])
 
 
-def _work(wanted: Callable[[str], bool]) -> list[Work]:
-    return work_of([case for suite in ("layer", "model", "load") for case in on_cpu(suite)], wanted)
+def work_on_cpu(wanted: Callable[[str], bool], suites: Sequence[str] = SUITES) -> list[Work]:
+    """What `compare` has to do: a linear, a step of a small Llama, its files; of these what is wanted by its id."""
+
+    def by_either_id(identifier: str) -> bool:
+        return wanted(PREFIX + identifier) or wanted(identifier)
+
+    return work_of([case for suite in SUITES if suite in suites for case in on_cpu(suite)], by_either_id)
 
 
-def cases_wanted(wanted: Callable[[str], bool]) -> int:
-    """How many times `compare` will yield."""
-    return len(_work(wanted))
-
-
-def compare(effort: Effort, wanted: Callable[[str], bool] = lambda identifier: True) -> Iterator[list[Record]]:
-    """Yield records of the ratios to PEFT on this CPU: a linear, a step of a small Llama, its files."""
-    for _, records in measure(_work(wanted), Timer(), NO_RATES, effort, COMPARED):
+def compare(effort: Effort, work: Sequence[Work]) -> Iterator[list[Record]]:
+    """Yield records of the ratios to PEFT on this CPU."""
+    for _, records in measure(work, Timer(), NO_RATES, effort, COMPARED):
         for record in records:
-            record.suite = f"cpu_{record.suite}"
+            record.suite = PREFIX + record.suite
             record.floor_ms = record.operations = record.bytes_moved = None
         yield records
 

@@ -11,7 +11,7 @@ import torch
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
-    """GPU, versions, commit and time, for a result file.
+    """GPU, CPU and threads, versions, commit and time, for a result file.
 
     Args:
         commit: where the checkout has no history to ask.
@@ -26,11 +26,22 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": _driver(),
         "capability": torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **versions,
         "commit": commit or _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _cpu() -> str:
+    """The processor's name, where Linux tells it; else what the platform calls it."""
+    listed = Path("/proc/cpuinfo")
+    for line in listed.read_text(errors="replace").splitlines() if listed.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

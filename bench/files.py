@@ -56,9 +56,11 @@ def _adapted(case: Case, form: Form, base: nn.Module) -> nn.Module:
     if form.library == "ours":
         model = ours("auto")(case, base)
     else:
+        # First: it says so where there is no peft.
+        config = peft_config(case)
         import peft
 
-        model = peft.get_peft_model(base, peft_config(case))
+        model = peft.get_peft_model(base, config)
         draw_adapter(model)
     for field, value in form.changes.items():
         setattr(model.peft_config["default"], field, value)  # type: ignore[union-attr,index,arg-type]

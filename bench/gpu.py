@@ -1,7 +1,10 @@
 """Everything that only a GPU can show, in one run: `make gpu PY=python3 OUT=folder`.
 
 The suite natively, compute-sanitizer on small cases where it is installed, and the quick cases of the benchmark. It
-writes gpu.json to the folder. Without a GPU it says so and exits 3.
+writes gpu.json to the folder; parts that are run later into the same folder join those that are there. All parts
+together keep to --seconds, which by default fits a command that may take 600 s; where that is too little, give each
+part a command of its own: --parts tests, then --parts sanitizer, then --parts times. Without a GPU it says so and
+exits 3.
 """
 
 import argparse
@@ -9,14 +12,16 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.environment import environment
-from bench.records import load
+from bench.records import load, problems
 
 ROOT = Path(__file__).parents[1]
 TESTS = [
@@ -33,7 +38,7 @@ TESTS = [
 ]
 
 
-def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
+def run_tests(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
     """Run the tests that run kernels, natively; count what pytest counted and name what failed."""
     report = folder / "pytest.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -55,7 +60,7 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
     return {"ok": code == 0, "exit_code": code, **counts, "failed": failed}
 
 
-def run_sanitizer(folder: Path, seconds: float) -> dict[str, Any]:
+def run_sanitizer(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
     """Run `bench.small_cases` under compute-sanitizer's memcheck and racecheck; say what they said last."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
@@ -74,7 +79,7 @@ def run_sanitizer(folder: Path, seconds: float) -> dict[str, Any]:
     return found
 
 
-def run_times(folder: Path, seconds: float) -> dict[str, Any]:
+def run_times(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
     """Run the benchmark's quick cases; their results are in bench.json beside gpu.json."""
     path = folder / "bench.json"
     command = [
@@ -86,7 +91,10 @@ def run_times(folder: Path, seconds: float) -> dict[str, Any]:
         str(path.resolve()),
         "--minutes",
         str(seconds / 60 - 0.5),
+        *(["--commit", commit] if commit else []),
     ]
+    # An earlier run's must not pass for this one's.
+    path.unlink(missing_ok=True)
     try:
         code: int | None = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
@@ -94,34 +102,61 @@ def run_times(folder: Path, seconds: float) -> dict[str, Any]:
     if not path.exists():
         return {"ok": False, "exit_code": code, "reason": "no results"}
     header, records = load(path)
-    # A rival that fails is its own affair; ours must be right and run.
-    bad = [f"{r.id()}: {r.status}: {r.reason}" for r in records if r.status != "ok" and r.provider in OURS]
+    bad = problems(records)
     return {"ok": code == 0 and bool(records) and not bad, "exit_code": code, "header": header, "not_ok": bad}
 
 
-OURS = ("all", "ours", "ours_graph", "ours_reference")
-PARTS = {"tests": run_tests, "sanitizer": run_sanitizer, "times": run_times}
+def run_part(part: str, folder: Path, seconds: float, commit: str | None) -> dict[str, Any]:
+    """Run one part; what it raises is its result."""
+    try:
+        return PARTS[part](folder, seconds, commit)
+    except Exception as error:
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """What gpu.json holds from runs of other parts; nothing where there is none, or half of one."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+PARTS: dict[str, Callable[[Path, float, str | None], dict[str, Any]]] = {
+    "tests": run_tests,
+    "sanitizer": run_sanitizer,
+    "times": run_times,
+}
+# Shares of the time that is left; a part alone has all of it.
+SHARES = {"tests": 3, "sanitizer": 1, "times": 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for gpu.json")
     parser.add_argument("--commit", help="the commit, where the checkout has no history")
-    parser.add_argument("--seconds", type=float, default=500, help="limit of each part")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=560, help="limit of all parts together (default 560)")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="only these")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing was run.", file=sys.stderr)
         raise SystemExit(3)
     options.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"environment": environment(options.commit)}
+    path = options.out / "gpu.json"
+    found = environment(options.commit)
+    # Not what these parts said before: a run that is killed must not leave it standing.
+    kept = {name: value for name, value in earlier(path).items() if name not in options.parts}
+    result: dict[str, Any] = {**kept, "environment": found}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    end = time.monotonic() + options.seconds
     # Written after each part: one that breaks, or runs out of time, takes nothing with it.
-    for part in options.parts:
-        try:
-            result[part] = PARTS[part](options.out, options.seconds)
-        except Exception as error:
-            result[part] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-        (options.out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    for i, part in enumerate(options.parts):
+        share = SHARES[part] / sum(SHARES[name] for name in options.parts[i:])
+        limit = max(1.0, (end - time.monotonic()) * share)
+        # The part's own commit: an earlier part may be of another.
+        result[part] = run_part(part, options.out, limit, options.commit) | {"commit": found["commit"]}
+        path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "times"}, indent=2))
     raise SystemExit(0 if all(result[part]["ok"] for part in options.parts) else 1)
 

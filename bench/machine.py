@@ -38,7 +38,7 @@ class Machine(ABC):
 
     @abstractmethod
     def time(self, function: Call, i: int) -> Callable[[], float]:
-        """Run function(i) on cold caches; return what tells its milliseconds once `synchronize` has been called."""
+        """Run function(i), a GPU on cold caches; return what tells its milliseconds after the next `synchronize`."""
 
     @abstractmethod
     def peak_bytes(self, function: Call) -> int | None:
@@ -113,6 +113,9 @@ class Cuda(Machine):
 
     def time(self, function: Call, i: int) -> Callable[[], float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Each run starts with the same queue, an empty one, whoever came before: some wait for the device in the midst
+        # of a call, others leave much behind, and the next one's launches would hide behind that.
+        torch.cuda.synchronize()
         self._flush.zero_()
         start.record()
         function(i)

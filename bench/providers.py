@@ -133,6 +133,7 @@ def lora(r: int | None) -> Adapt:
 EAGER_PEFT = "peft"
 BASE = "base"
 REFERENCE = "ours_reference"
+PATCHED_PEFT = "peft_patched"
 PROVIDERS = (
     Provider(BASE, alone, same_function=False),
     Provider("ours", ours("triton")),
@@ -143,7 +144,7 @@ PROVIDERS = (
     Provider("peft_graph", by_peft, run="graph", suites=("decode",)),
     Provider("peft_autocast", by_peft, run="autocast"),
     Provider("peft_compiled", by_peft, run="compiled"),
-    Provider("peft_patched", patched),
+    Provider(PATCHED_PEFT, patched),
     Provider("base_graph", alone, run="graph", same_function=False, suites=("decode",)),
     Provider("lora", lora(None), same_function=False),
     Provider("lora_r32", lora(32), same_function=False),

@@ -1,23 +1,36 @@
 """pytest-benchmark cases for the CPU: `python -m bench.pytest_cpu`, or pytest with this file's path.
 
-Each group is a case of `bench.cases.on_cpu`; its rows are this package's plain PyTorch, PEFT's layers, and the base.
+Each group is a case of `bench.cases.on_cpu`; its rows are this package's layers, PEFT's, PEFT's patched by this
+package, and the base.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench.cases import DIRECTIONS, Case, on_cpu
 from bench.cpu import COMPARED
 from bench.files import forms, open_form
 from bench.machine import Cpu
-from bench.providers import Provider
+from bench.providers import Provider, UnavailableError
 from bench.workloads import Workload, make_base
 
 # Few rounds: `python -m bench` measures the same turn by turn; this is for pytest-benchmark's own reports and history.
 ROUNDS = {"rounds": 10, "warmup_rounds": 2, "iterations": 1}
+
+
+@contextmanager
+def _skip_unavailable() -> Iterator[None]:
+    import pytest
+
+    try:
+        yield
+    except UnavailableError as error:
+        pytest.skip(str(error))
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -37,14 +50,16 @@ def test_layers(benchmark, case: Case, direction: str, provider: Provider) -> No
     device = Cpu().device
     benchmark.group = case.id(direction)
     workload = Workload(case, direction, device)
-    model = workload.prepare(provider.adapt(case, make_base(case, device)))
+    with _skip_unavailable():
+        model = workload.prepare(provider.adapt(case, make_base(case, device)))
     benchmark.pedantic(workload.call(model), args=(0,), **ROUNDS)
 
 
 def test_files(benchmark, case: Case, form, what: str, tmp_path: Path) -> None:
     benchmark.group = case.id(what)
     base = make_base(case, Cpu().device)
-    save, load = open_form(case, form, base, tmp_path)
+    with _skip_unavailable():
+        save, load = open_form(case, form, base, tmp_path)
     save()
     benchmark.pedantic(save if what == "save" else load, **ROUNDS)
 

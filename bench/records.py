@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,37 @@ class Record:
         return f"{self.suite}/{self.direction}/{self.case}/M{self.M}/{self.dtype}/{self.method}/{self.provider}"
 
 
+def is_ours(provider: str) -> bool:
+    """Whether a provider runs this package's code, PEFT's patched layers included; "all" is a whole case."""
+    return provider in ("all", "ours", "peft_patched") or provider.startswith("ours_")
+
+
+def problems(records: Iterable[Record]) -> list[str]:
+    """What is wrong or failed of ours. A rival's failure is its own affair."""
+    bad = [r for r in records if r.status in ("wrong", "failed") and is_ours(r.provider)]
+    return [f"{r.id()}: {r.status}: {r.reason}" for r in bad]
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError where `Results` could not write this file; makes its folder.
+
+    Raises:
+        OSError: the folder cannot be made or written to, or something that is no file has the name.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file")
+    partial = partial_of(path)
+    partial.touch()
+    partial.unlink()
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it is moved into place."""
+    return path.with_name(path.name + ".partial")
+
+
 class Results:
     """The header and the records so far.
 
@@ -70,7 +101,8 @@ class Results:
     def __init__(
         self, header: dict[str, Any], path: Path | None = None, seen: Callable[[Record], None] | None = None
     ) -> None:
-        self.header, self.path, self._seen = header, path, seen
+        # A link stays one: what it leads to is replaced.
+        self.header, self.path, self._seen = header, path and path.resolve(), seen
         self.records: list[Record] = []
         self.save()
 
@@ -88,7 +120,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"header": self.header, "records": [asdict(r) for r in self.records]}, indent=1)
         # Into place in one go: a run that is killed leaves the last file whole.
-        partial = self.path.with_suffix(".partial")
+        partial = partial_of(self.path)
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 

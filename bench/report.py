@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 # README shows these; the files have the rest.
-SHOWN = ("base", "ours", "ours_graph", "ours_compiled", "peft", "peft_compiled", "peft_patched", "lora_r32")
+# "all" is a case that failed as a whole.
+SHOWN = ("all", "base", "ours", "ours_graph", "ours_compiled", "peft", "peft_compiled", "peft_patched", "lora_r32")
 NOTHING = (
     "No GPU results yet: the benchmark has not run on one, and nothing is claimed about speed until it has. "
     "`make bench` on a machine with a GPU measures; `make report` puts the tables here."
@@ -39,6 +40,11 @@ def files(folder: Path) -> list[tuple[str, dict[str, Any], list[Record]]]:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _commit(commit: str) -> str:
+    """Short, but still said to be dirty."""
+    return commit.removesuffix("-dirty")[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def _line(record: Record) -> str:
@@ -66,7 +72,7 @@ def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
     for name, header, records in found:
         blocks.append(
             f"`{name}`: {header['gpu']}, torch {header['torch']}, triton {header['triton']}, peft {header['peft']}, "
-            f"transformers {header['transformers']}, commit {header['commit'][:12]}, {header['date'][:10]}; "
+            f"transformers {header['transformers']}, commit {_commit(header['commit'])}, {header['date'][:10]}; "
             f"copy {header['copy_gb_s']:,.0f} GB/s, bf16 products {header['matmul_tflop_s']:,.0f} TFLOP/s."
         )
         for title, group in by_case([r for r in records if r.provider in SHOWN and r.suite in SHOWN_SUITES]):

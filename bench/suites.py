@@ -24,8 +24,10 @@ def work_of(cases: Sequence[Case], wanted: Callable[[str], bool]) -> list[Work]:
     """The cases in their directions, those that are wanted by their id. Files are saved and loaded in one go."""
     found = []
     for case in cases:
-        directions = ("files",) if case.suite == "load" else DIRECTIONS[case.suite]
-        found += [(case, direction) for direction in directions if wanted(case.id(direction))]
+        if case.suite == "load":
+            found += [(case, "files")] if any(wanted(case.id(d)) for d in ("files", *DIRECTIONS["load"])) else []
+            continue
+        found += [(case, direction) for direction in DIRECTIONS[case.suite] if wanted(case.id(direction))]
     return found
 
 
@@ -54,7 +56,8 @@ def measure(
             reason = f"{type(error).__name__}: {error}"[:500]
             records = [blank(case, direction, "all", status="failed", reason=reason)]
         yield (case, direction), records
-        gc.collect()
+        # What was compiled holds models; collecting first would leave them.
         torch._dynamo.reset()
+        gc.collect()
         if machine.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-from bench.records import Record
+from bench.records import Record, is_ours
 
 COLUMNS = ("provider", "ms", "20 %..80 %", "/ base", "/ PEFT", "floor", "launches", "MiB", "error")
 
@@ -133,21 +133,21 @@ def show_floors(rows: list[dict[str, float]], stream: Any = None) -> None:
 
 
 def show_ratios(records: Sequence[Record], stream: Any = None) -> None:
-    """Print one line for each case on a CPU: ours, PEFT's, the ratio, the noise, and what each keeps for backward."""
+    """Print a line for each of ours in each case on a CPU: times, ratio, noise, and what is kept for backward."""
     stream = stream or sys.stdout
-    head = ("case", "ours ms", "PEFT ms", "ratio", "noise", "ours KiB kept", "PEFT KiB kept")
-    print(f"{head[0]:58}" + "".join(f"{name:>14}" for name in head[1:]), file=stream)
+    head = ("case", "", "ours ms", "PEFT ms", "ratio", "noise", "ours KiB kept", "PEFT KiB kept")
+    print(f"{head[0]:58}{head[1]:22}" + "".join(f"{name:>14}" for name in head[2:]), file=stream)
     for title, group in by_case(records):
         by_name = {r.provider: r for r in group}
         # PEFT's record of a file's form is named after the form, that of a layer is not.
-        for name in (name for name in by_name if name.startswith("ours_")):
-            kind = name.removeprefix("ours_")
-            rival = "peft" if kind == "reference" else f"peft_{kind}"
-            label = title if kind == "reference" else f"{title}/{kind}"
-            print(f"{label:58}" + _ratio_cells(by_name[name], by_name.get(rival), by_name), file=stream)
+        for name in (name for name in by_name if is_ours(name)):
+            rival = name.replace("ours_", "peft_", 1) if name.startswith("ours_") else "peft"
+            print(f"{title:58}{name:22}" + _ratio_cells(by_name[name], by_name.get(rival), by_name), file=stream)
 
 
 def _ratio_cells(mine: Record, other: Record | None, by_name: dict[str, Record]) -> str:
+    if mine.provider == "all":
+        return f"  {mine.status}: {mine.reason}"
     problems = [f"{r.provider} {r.status}: {r.reason}" for r in (mine, other) if r and r.status != "ok"]
     if problems or other is None:
         return "  " + "; ".join(problems or ["PEFT was not measured"])

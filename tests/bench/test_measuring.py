@@ -1,7 +1,9 @@
 """The code that measures on a GPU, with a CPU in its place and a clock that is given."""
 
+import gc
 import importlib.util
 import itertools
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import vblora_triton
+from bench import cpu, pytest_cpu
 from bench.cases import DIRECTIONS, SUITES, Case, full, tiny
 from bench.floors import H200
 from bench.machine import Cpu, Cuda
@@ -223,6 +226,71 @@ def test_launches_on_a_gpu_are_the_kernels_that_it_ran():
         torch.ones(2) + 1
     assert not any(map(Cuda.is_launch, found.key_averages()))
     assert any(map(Cpu.is_launch, found.key_averages()))
+
+
+def test_each_run_on_a_gpu_begins_with_an_empty_queue(monkeypatch):
+    seen = []
+    event = lambda **_: SimpleNamespace(record=lambda: seen.append("event"))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    cuda = Cuda.__new__(Cuda)
+    cuda._flush = SimpleNamespace(zero_=lambda: seen.append("flush"))
+    cuda.time(lambda i: seen.append("run"), 0)
+    assert seen == ["wait", "flush", "event", "run", "event"]
+
+
+def test_launches_are_counted_after_the_times_and_memory_of_a_graph_not_at_all():
+    seen = []
+
+    class Counting(Cpu):
+        def time(self, function, i):
+            seen.append("time")
+            return super().time(function, i)
+
+        def launches(self, function):
+            seen.append("launches")
+            return 5
+
+        def peak_bytes(self, function):
+            return 2**20
+
+    work = [(tiny("layer")[0], "fwd")]
+    names = ("base", "ours_reference", "ours_graph")
+    ((_, records),) = list(measure(work, Counting(), H200, ONCE, [BY_NAME[name] for name in names]))
+    assert seen == ["time"] * 4 + ["launches"] * 3
+    assert [record.launches for record in records] == [5] * 4
+    assert [record.peak_mib is None for record in records] == [False, False, False, True]
+
+
+def test_what_compiling_holds_is_let_go_before_memory_is_collected(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: seen.append("reset"))
+    work = [(tiny("layer")[0], "fwd")]
+    steps = measure(work, machine(), H200, ONCE, [BY_NAME["base"]])
+    next(steps)
+    monkeypatch.setattr(gc, "collect", lambda: seen.append("collect"))
+    assert list(steps) == []
+    assert seen == ["reset", "collect"]
+
+
+def test_without_peft_its_providers_and_files_are_unavailable(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    ((_, records),) = list(measure(work_of(tiny("load")[:1], lambda i: True), machine(), H200, ONCE))
+    status = {record.provider: record.status for record in records}
+    rivals = dict.fromkeys(("peft_full", "peft_topk", "lora_r32"), "unavailable")
+    assert status == {"ours_full": "ok", "ours_topk": "ok", **rivals}
+    benchmark = SimpleNamespace(pedantic=lambda *_, **__: pytest.fail("it is timed"))
+    with pytest.raises(pytest.skip.Exception, match="peft is not installed"):
+        pytest_cpu.test_layers(benchmark, tiny("layer")[0], "fwd", BY_NAME["peft"])
+
+
+def test_a_cpu_compares_what_its_users_run(monkeypatch):
+    assert [provider.name for provider in cpu.COMPARED] == ["base", "ours", "peft", "peft_patched"]
+    model = cpu.COMPARED[1].adapt(tiny("layer")[0], make_base(tiny("layer")[0], torch.device("cpu")))
+    assert {module.backend for module in model.modules() if hasattr(module, "backend")} == {"auto"}
+    assert pytest_cpu.COMPARED is cpu.COMPARED
 
 
 def test_cases_have_ids_of_their_own_and_sizes_that_fit():

@@ -1,17 +1,21 @@
 """The command, its files, tables and pictures, and the README's part."""
 
+import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import plot, report, table
 from bench.__main__ import main
+from bench.providers import by_peft
 from bench.records import Record, Results, load
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +47,15 @@ def test_results_are_on_disk_after_each_case_and_read_back_the_same(tmp_path):
     assert json.loads(path.read_text())["records"][0].keys() >= FIELDS
     assert load(path) == (HEADER, some_records())
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_results_go_where_a_link_leads_and_leave_it_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "there" / "file.json")
+    Results(HEADER, link).add(some_records())
+    assert link.is_symlink()
+    assert load(tmp_path / "there" / "file.json") == (HEADER, some_records())
 
 
 @pytest.mark.parametrize("rich", [True, False])
@@ -99,6 +112,15 @@ class TestReport:
         assert "| ours | 1.250 | 1.25 | 0.62 | 7 | 125 |" in text
         assert "| ours_graph | wrong | | | | |" in text
         assert "NVIDIA H200" in text
+        assert "commit 0123456789ab," in text
+
+    def test_a_dirty_commit_and_a_case_that_failed_whole_are_shown(self, readme):
+        failed = Record("block", "large", 1, "bf16", "vera", "all", "fwd", status="failed", reason="no memory")
+        results = Results({**HEADER, "commit": "0123456789abcdef-dirty"}, readme.parent / "results" / "block.json")
+        results.add([failed])
+        assert self.run(readme) == 0
+        assert "commit 0123456789ab-dirty," in readme.read_text()
+        assert "| all | failed | | | | |" in readme.read_text()
 
     def test_missing_markers_are_an_error(self, readme):
         readme.write_text("no markers")
@@ -110,20 +132,23 @@ class TestReport:
 
 
 class TestCommand:
-    def test_list_names_cases_and_providers_and_runs_nothing(self, capsys):
+    def test_list_names_cases_and_providers_and_runs_nothing(self, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert main(["layer", "--list", "--filter", "*/llama2_7b_q-r4-h256/M4096/bf16/*"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[:2] == [f"layer/{d}/llama2_7b_q-r4-h256/M4096/bf16/vblora" for d in ("fwd", "fwd_bwd")]
         assert lines[3].startswith("providers: base, ours, ours_graph, ours_compiled, ours_reference, peft, ")
 
-    def test_quick_has_few_cases_and_compiles_nothing(self, capsys):
+    def test_quick_has_few_cases_and_compiles_nothing(self, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert main(["--quick", "--list"]) == 0
         *lines, _, providers = capsys.readouterr().out.splitlines()
         assert len(lines) == 10
         assert "compiled" not in providers
 
     @pytest.mark.parametrize("arguments", [["layers"], ["--providers", "lora"], ["--providers", "loha"]])
-    def test_unknown_names_are_refused_and_known_ones_named(self, arguments, capsys):
+    def test_unknown_names_are_refused_and_known_ones_named(self, arguments, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         code = main([*arguments, "--list"])
         if arguments[-1] == "lora":
             assert code == 0
@@ -131,6 +156,69 @@ class TestCommand:
         else:
             assert code == 2
             assert "there are" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "options", [["--filter", "nosuch"], ["decode"], ["--rehearse", "--filter", "llama2_7b"]], ids=str
+    )
+    def test_no_case_is_one_line_that_names_list_and_exit_2(self, options, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(options) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "--list" in err
+
+    def test_without_a_gpu_list_has_what_a_cpu_runs_and_its_ids_are_filters(self, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(["--list"]) == 0
+        *ids, _, providers = capsys.readouterr().out.splitlines()
+        assert providers == "providers: base, ours, peft, peft_patched"
+        assert {identifier.partition("/")[0] for identifier in ids} == {"cpu_layer", "cpu_model", "cpu_load"}
+        for identifier in [*ids, ids[-1].replace("/files/", "/save/")]:
+            for pattern in (identifier, identifier.removeprefix("cpu_")):
+                assert main(["--list", "--filter", pattern]) == 0
+                assert capsys.readouterr().out.splitlines()[0] == identifier.replace("/save/", "/files/")
+        assert main(["model", "--list"]) == 0
+        assert capsys.readouterr().out.splitlines()[:2] == [i for i in ids if i.startswith("cpu_model/")]
+
+    @pytest.mark.parametrize("what", ["folder", "under_a_file", "device", "no_matplotlib"])
+    def test_what_cannot_be_written_is_said_before_measuring(self, what, tmp_path, capsys, monkeypatch):
+        (tmp_path / "file").write_text("kept")
+        paths = {"folder": tmp_path, "under_a_file": tmp_path / "file" / "x.json", "device": Path(os.devnull)}
+        options = ["--plot", str(tmp_path)] if what == "no_matplotlib" else ["--json", str(paths[what])]
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "matplotlib" else find(n, *a))
+        monkeypatch.setattr(command, "run_suites", lambda *_: pytest.fail("it measures"))
+        assert main(["--rehearse", *options]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        assert Path(os.devnull).exists()
+
+    @pytest.mark.parametrize(("name", "code"), [("ours_reference", 1), ("peft_patched", 1), ("lora", 0)])
+    @pytest.mark.parametrize("fault", ["wrong", "failed"])
+    def test_one_of_ours_that_is_wrong_or_failed_makes_it_exit_1(self, name, code, fault, monkeypatch, capsys):
+        by_name = {provider.name: provider for provider in command.PROVIDERS}
+
+        def broken(case, base):
+            if fault == "failed":
+                raise RuntimeError("broken")
+            model = by_peft(case, base)
+            model.base_model.model.q_proj.register_forward_hook(lambda module, args, out: out * 2)
+            return model
+
+        # One whose results are the definition's, so that they can be wrong.
+        made = replace(by_name[name], adapt=broken, same_function=True)
+        monkeypatch.setattr(command, "PROVIDERS", (by_name["base"], made, by_name["peft"]))
+        assert main(["layer", "--rehearse", "--filter", "fwd/tiny-r4-h12/M12/fp32"]) == code
+        assert (f"{name}: {fault}" in capsys.readouterr().err) == bool(code)
+
+    def test_rehearsal_without_the_interpreter_starts_itself_again_with_it(self, tmp_path):
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+        options = ["--filter", "layer/fwd/tiny-r4-h12/M12/fp32", "--providers", "ours", "--json", "here.json"]
+        arguments = [sys.executable, "-m", "bench", "--rehearse", *options]
+        result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        by_name = {record.provider: record for record in load(tmp_path / "here.json")[1]}
+        assert by_name["ours"].status == "ok"
 
     def test_floors_are_printed(self, capsys):
         assert main(["--floors"]) == 0
@@ -158,16 +246,45 @@ class TestCommand:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_prints_ratios_and_succeeds(tmp_path):
     path = tmp_path / "cpu.json"
-    options = ["--quick", "--filter", "fwd_bwd/square_1024-r4-h256", "--json", str(path)]
+    options = ["--quick", "--filter", "cpu_layer/fwd_bwd/square_1024-r4-h256/*", "--json", str(path)]
+    options += ["--seconds", "1", "--minutes", "1"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "bench", *options]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    arguments = [sys.executable, "-m", "bench", *options]
+    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("There is no GPU here: the GPU suites")
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("cpu_layer/")]
-    ours, peft, ratio = map(float, line.split()[1:4])
-    assert ratio == pytest.approx(ours / peft, rel=0.5)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("cpu_layer/")]
+    assert [line.split()[1] for line in lines] == ["ours", "peft_patched"]
+    for line in lines:
+        ours, peft, ratio = map(float, line.split()[2:5])
+        assert ratio == pytest.approx(ours / peft, rel=0.5)
+    assert "these do not apply: --seconds, --minutes." in result.stdout
     assert result.stdout.count(": right") >= 2
     assert "WRONG" not in result.stdout
-    by_name = {record.provider: record for record in load(path)[1]}
-    assert by_name["ours_reference"].saved_kib > 0
+    header, records = load(path)
+    assert header["machine"].startswith(f"{header['cpu']}, {header['threads']} thread")
+    by_name = {record.provider: record for record in records}
+    # What a user gets keeps less than PEFT; the definition keeps more.
+    assert 0 < by_name["ours"].saved_kib < by_name["peft"].saved_kib
+
+
+def test_a_table_of_ratios_pairs_each_of_ours_with_its_rival_and_says_what_failed_whole():
+    def record(provider, suite="cpu_load", **fields):
+        return Record(suite, "small", 0, "fp32", "vblora", provider, "save", **fields)
+
+    files = [record(name, median_ms=ms, ratio_to_peft=0.5) for name, ms in (("peft_full", 2.0), ("ours_full", 1.0))]
+    stream = io.StringIO()
+    table.show_ratios([*files, record("all", "cpu_model", status="failed", reason="no memory")], stream)
+    first, second = [line.split() for line in stream.getvalue().splitlines()[1:]]
+    assert first[1:] == ["ours_full", "1.000", "2.000", "0.500"]
+    assert second[1:] == ["all", "failed:", "no", "memory"]
+
+
+@pytest.mark.parametrize(("interpreter", "made"), [(None, True), ("python3", False)])
+@pytest.mark.parametrize("target", ["bench", "report"])
+def test_make_makes_a_venv_for_its_own_interpreter_alone(target, interpreter, made, tmp_path):
+    arguments = ["make", "-n", "-B", target, "VENV=" + str(tmp_path / "venv")]
+    arguments += [f"PY={interpreter}"] if interpreter else []
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("-m venv" in result.stdout) == made
