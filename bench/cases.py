@@ -99,7 +99,7 @@ class Case:
 
 
 def _layer() -> Iterator[Case]:
-    # What says most comes first: a session on a GPU may end before the list does.
+    # What says most comes first: a run may be stopped before the list ends.
     shapes = [name for name in LINEARS if name not in NOT_IN_FULL]
     for dtype in ("bf16", "fp32"):
         for M in (4096, 1, 256, 16, 16384):

@@ -7,19 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
+from bench.cases import LINEARS
 from vblora_triton.kernels.aot import SHARED_LIMIT, TARGETS, compiling, sass
 from vblora_triton.triton_ops import compose, linear, vera
 
-# (name, in, out) of the linears that ship: Llama-2-7B, and of Llama-3-70B those of other shapes.
-SHAPES = {
-    "llama2_7b_q": (4096, 4096),
-    "llama2_7b_gate": (4096, 11008),
-    "llama2_7b_down": (11008, 4096),
-    "llama3_70b_q": (8192, 8192),
-    "llama3_70b_k": (8192, 1024),
-    "llama3_70b_gate": (8192, 28672),
-    "llama3_70b_down": (28672, 8192),
-}
+# (in, out) of the linears that ship: Llama-2-7B's, and of Llama-3-70B those of other shapes.
+SHAPES = {name: shape for name, shape in LINEARS.items() if name.startswith("llama")}
 TOKENS = (1, 256, 4096, 16384)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
