@@ -35,6 +35,7 @@ TESTS = [
     "vblora",
     "vera",
     "integrations/test_patch_peft.py",
+    "finetune/test_run.py",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +53,11 @@ def paired_ratio(values: Sequence[float], against: Sequence[float]) -> float:
 
 
 def interleaved(calls: dict[str, Call], machine: Machine, effort: Effort) -> dict[str, list[float]]:
-    """Milliseconds of many runs of each call, turn by turn, each round starting with another one."""
+    """Milliseconds of many runs of each call, turn by turn, each round in an order of its own.
+
+    A turn pays for what the one before it left in caches and in the allocator, so nobody is always to follow the same
+    neighbour. The orders are drawn, the same ones in every run.
+    """
     slowest = 0.0
     for call in calls.values():
         for i in range(effort.warm_up):
@@ -64,9 +69,9 @@ def interleaved(calls: dict[str, Call], machine: Machine, effort: Effort) -> dic
         slowest = max(slowest, time.perf_counter() - start)
     names = list(calls)
     waiting: dict[str, list] = {name: [] for name in names}
+    draw = random.Random(0)
     for i in range(effort.runs(slowest)):
-        for j in range(len(names)):
-            name = names[(i + j) % len(names)]
+        for name in draw.sample(names, len(names)):
             waiting[name].append(machine.time(calls[name], i))
     machine.synchronize()
     return {name: [wait() for wait in waits] for name, waits in waiting.items()}

@@ -54,32 +54,32 @@ def vblora_linear(
 
 
 class _VBLoRALinear(torch.autograd.Function):
-    # Every step as autograd does it for the reference, to the bit: in training a rounding can turn a later selection.
-
     @staticmethod
     def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, same_bank, topk, in_place):
         selected_A, selected_B = select(logits_A, topk), select(logits_B, topk)
-        # A, (r, in), and B, (out, r).
+        # A, (r, in), and B^T, (r, out): products of few columns are slow.
         A = reference.compose_selected(*selected_A, vector_bank).flatten(1)
-        B = reference.compose_selected(*selected_B, vector_bank).transpose(1, 2).flatten(0, 1)
+        B_t = reference.compose_selected(*selected_B, vector_bank).transpose(0, 1).flatten(1)
         dtype = torch.promote_types(x.dtype, A.dtype)
         s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
-        ctx.save_for_backward(x, s, *selected_A, *selected_B, A, B, vector_bank)
+        ctx.save_for_backward(x, s, *selected_A, *selected_B, A, B_t, vector_bank)
         ctx.num_vectors = logits_A.shape[-1]
         if in_place:
             ctx.mark_dirty(base_out)
-        # Not addmm_: whether that gives the same bits is up to the processor.
-        update = (s @ B.T.to(dtype)).view(*x.shape[:-1], B.shape[0])
+            if base_out.dtype == dtype:
+                base_out.view(-1, B_t.shape[1]).addmm_(s, B_t.to(dtype))
+                return base_out
+        update = (s @ B_t.to(dtype)).view(*x.shape[:-1], B_t.shape[1])
         return _add(x, base_out, update, in_place)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        x, s, indices_A, weights_A, indices_B, weights_B, A, B, bank = ctx.saved_tensors
+        x, s, indices_A, weights_A, indices_B, weights_B, A, B_t, bank = ctx.saved_tensors
         need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
         dtype, h = s.dtype, ctx.num_vectors
         dy_rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        ds = dy_rows @ B.to(dtype)
+        ds = dy_rows @ B_t.T.to(dtype)
         dx = d_logits_A = d_logits_B = d_bank_A = d_bank_B = None
         if need_x:
             dx = _input_grad(ds, A.to(dtype), x.shape, x.dtype)
@@ -88,9 +88,8 @@ class _VBLoRALinear(torch.autograd.Function):
             d_logits_A, d_bank_A = _mixing_grads(d_rows, indices_A, weights_A, bank, h)
         if need_B or need_bank:
             tiles, r = indices_B.shape[:2]
-            d_rows = (dy_rows.T @ s).to(bank.dtype).view(tiles, bank.shape[1], r).transpose(1, 2)
+            d_rows = (s.T @ dy_rows).to(bank.dtype).view(r, tiles, bank.shape[1]).transpose(0, 1)
             d_logits_B, d_bank_B = _mixing_grads(d_rows, indices_B, weights_B, bank, h)
-        # B's share of the bank's gradient first, as the reference's graph has it.
         return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank_B, d_bank_A, None, None
 
 

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import itertools
 import sys
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -172,12 +173,23 @@ def test_calls_take_turns_and_inputs_rotate():
     interleaved(calls, machine(), Effort(least=3, most=3, warm_up=0))
     timed = seen[3:]
     assert [i for _, i in timed] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert "".join(name for name, _ in timed) == "abcbcacab"
+    assert all({name for name, at in timed if at == i} == set("abc") for i in range(3))
     case = tiny("layer")[0]
     workload = Workload(case, "fwd", torch.device("cpu"))
     call = workload.call(make_base(case, torch.device("cpu")))
     assert not torch.equal(call(0)["y0"], call(1)["y0"])
     assert torch.equal(call(0)["y0"], call(len(workload.sets))["y0"])
+
+
+def test_every_call_follows_every_other_one_about_as_often():
+    seen = []
+    calls = {name: (lambda i, name=name: seen.append(name)) for name in "abcd"}
+    interleaved(calls, machine(), Effort(least=120, most=120, warm_up=0))
+    timed = seen[4:]
+    followed = Counter(itertools.pairwise(timed))
+    # 120 rounds: 30 rounds begin with each, and 90 turns of each follow one of three others.
+    assert all(20 <= followed[pair] <= 50 for pair in itertools.permutations("abcd", 2))
+    assert all(20 <= timed[::4].count(name) <= 40 for name in "abcd")
 
 
 def test_ratios_and_quantiles_are_those_of_the_rounds():

@@ -1,4 +1,10 @@
-"""Trained on the same data from the same state, a model learns here what it learns with PEFT, step by step."""
+"""Trained on the same data from the same state, a model learns here what it learns with PEFT, step by step.
+
+Which vectors are selected turns on single bits, and so may all that follows: moved by one ulp of float32, the bank of
+PEFT's own "opt" and "gpt2" below gives losses that are 1e-4 to 1e-1 off after twenty steps, and "llama-all" does at a
+learning rate of 0.03. So free runs are compared in float64, and in float32 where PEFT repeats itself to 2e-6; in
+float32 everyone is compared at each of the twenty states that PEFT comes through.
+"""
 
 import pytest
 import torch
@@ -23,16 +29,17 @@ def tiny_roberta() -> RobertaForSequenceClassification:
     return RobertaForSequenceClassification(config).eval()
 
 
-# Model, targets (None: the defaults, which are PEFT's own there), task.
+# Model, targets (None: the defaults, which are PEFT's own there), task, learning rate.
 FAMILIES = {
-    "llama": (tiny_llama, None, "CAUSAL_LM"),
-    "llama-all": (tiny_llama, "all-linear", "CAUSAL_LM"),
-    "opt": (tiny_opt, None, "CAUSAL_LM"),
-    "gpt2": (tiny_gpt2, ["c_attn", "c_proj"], "CAUSAL_LM"),
-    "t5": (tiny_t5, None, "SEQ_2_SEQ_LM"),
-    "bert": (tiny_bert, ["query", "value"], "SEQ_CLS"),
-    "roberta": (tiny_roberta, ["query", "value", "dense"], "SEQ_CLS"),
+    "llama": (tiny_llama, None, "CAUSAL_LM", 0.03),
+    "llama-all": (tiny_llama, "all-linear", "CAUSAL_LM", 0.01),
+    "opt": (tiny_opt, None, "CAUSAL_LM", 0.03),
+    "gpt2": (tiny_gpt2, ["c_attn", "c_proj"], "CAUSAL_LM", 0.01),
+    "t5": (tiny_t5, None, "SEQ_2_SEQ_LM", 0.03),
+    "bert": (tiny_bert, ["query", "value"], "SEQ_CLS", 0.03),
+    "roberta": (tiny_roberta, ["query", "value", "dense"], "SEQ_CLS", 0.03),
 }
+CHAOTIC = {"opt", "gpt2"}
 
 
 def batches(task: str) -> list[dict]:
@@ -46,15 +53,34 @@ def batches(task: str) -> list[dict]:
     return found
 
 
-def train(model, task: str) -> list[float]:
-    model.train()
+def pair(family: str, bias: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """One adapted model by this package and one by PEFT, with the same numbers in them."""
+    make, targets, task, _ = FAMILIES[family]
+    fields = FIELDS | {"target_modules": targets, "task_type": task, "bias": bias}
+    here = enlarge(get_peft_model(make(), VBLoRAConfig(**fields)))
+    there = peft.get_peft_model(make(), peft.VBLoRAConfig(**fields))
+    loaded = peft.set_peft_model_state_dict(there, adapter_state_dict(here.base_model, "default"))
+    assert not loaded.unexpected_keys
+    return here.to(dtype).train(), there.to(dtype).train()
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # The shared bank has the name of whoever comes first.
+    return {"bank" if "vector_bank" in name else name: parameter for name, parameter in parameters.items()}
+
+
+def loss_of(model: torch.nn.Module, batch: dict, step: int) -> torch.Tensor:
     # The base models' own dropout draws the same in both.
-    torch.manual_seed(0)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.03)
+    torch.manual_seed(step)
+    return model(**batch).loss
+
+
+def train(model: torch.nn.Module, task: str, lr: float) -> list[float]:
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=lr)
     losses = []
-    for batch in batches(task):
-        loss = model(**batch).loss
+    for step, batch in enumerate(batches(task)):
+        loss = loss_of(model, batch, step)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -62,15 +88,37 @@ def train(model, task: str) -> list[float]:
     return losses
 
 
+FREE = [(f, torch.float64, 1e-7) for f in FAMILIES] + [(f, torch.float32, 1e-5) for f in FAMILIES if f not in CHAOTIC]
+
+
+@pytest.mark.parametrize("bias", ["none", "vblora_only"])
+@pytest.mark.parametrize(("family", "dtype", "tolerance"), FREE)
+def test_twenty_steps_of_adamw_give_the_losses_of_peft(family, dtype, tolerance, bias):
+    _, _, task, lr = FAMILIES[family]
+    own, theirs = (train(model, task, lr) for model in pair(family, bias, dtype))
+    assert own == pytest.approx(theirs, rel=0, abs=tolerance)
+    assert own[-1] < own[0] - 0.1
+
+
 @pytest.mark.parametrize("bias", ["none", "vblora_only"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_twenty_steps_of_adamw_give_the_losses_of_peft(family, bias):
-    make, targets, task = FAMILIES[family]
-    fields = FIELDS | {"target_modules": targets, "task_type": task, "bias": bias}
-    here = enlarge(get_peft_model(make(), VBLoRAConfig(**fields)))
-    there = peft.get_peft_model(make(), peft.VBLoRAConfig(**fields))
-    loaded = peft.set_peft_model_state_dict(there, adapter_state_dict(here.base_model, "default"))
-    assert not loaded.unexpected_keys
-    own, theirs = train(here, task), train(there, task)
-    assert own == pytest.approx(theirs, rel=0, abs=1e-5)
-    assert own[-1] < own[0] - 0.1
+def test_at_every_state_of_pefts_training_loss_and_gradients_are_pefts(family, bias):
+    _, _, task, lr = FAMILIES[family]
+    here, there = pair(family, bias, torch.float32)
+    own, theirs = trained(here), trained(there)
+    assert own.keys() == theirs.keys()
+    optimizer = torch.optim.AdamW(theirs.values(), lr=lr)
+    for step, batch in enumerate(batches(task)):
+        losses = [loss_of(model, batch, step) for model in (here, there)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=0, abs=1e-6)
+        grads = dict(zip(own, torch.autograd.grad(losses[0], own.values()), strict=True))
+        losses[1].backward()
+        # Of all: the biases of keys have none but roundings.
+        scale = max(parameter.grad.abs().max().item() for parameter in theirs.values())
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, theirs[name].grad, rtol=0, atol=2e-6 * scale, msg=name)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in theirs.items():
+                own[name].copy_(parameter)
