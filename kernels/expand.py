@@ -61,7 +61,7 @@ def _expand_fwd_kernel(
     if STORE_TOTAL:
         # Backward wants the sum of the planes; the first column of programs writes it, from its first part.
         total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
-        tl.store(total_ptrs, s, mask=mask_m[:, None] & ((offs_p < R) & (start_n == 0))[None, :])
+        tl.store(total_ptrs, s, mask=mask_m[:, None] & (offs_p < tl.where(start_n == 0, R, 0))[None, :])
     if SELECT:
         select_tiles(
             Logits_ptr, Idx_ptr, W_ptr, start_n, tl.minimum(N, start_n + BLOCK_N), R, H, stride_row, stride_i, stride_t,

@@ -56,7 +56,8 @@ def mix(
         tile = start_c // VECTOR
         entry = ((offs_i * stride_i + tile * stride_t) * TOPK)[:, None]
         bank_col = (offs_c - tile * VECTOR)[None, :]
-        mask_entry = mask_i[:, None] & (start_c < C)
+        # As a tensor: a comparison of two Python numbers is no mask to the interpreter of triton 3.9.
+        mask_entry = mask_i[:, None] & (start_c + tl.zeros((1, 1), dtype=tl.int32) < C)
     else:
         tiles = offs_c // VECTOR
         entry = (offs_i[:, None] * stride_i + tiles[None, :] * stride_t) * TOPK

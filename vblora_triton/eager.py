@@ -1,6 +1,6 @@
 """Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
 
-VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps its projection p and
+VB-LoRA keeps x, s, its selection, A and B^T, and gathers the vectors again in backward; VeRA keeps its projection p and
 q = (lambda_d p) B^T. `reference` says what is computed, and takes over where these cannot go: under compilers and
 transforms, for second derivatives, and with dropout.
 """
