@@ -19,10 +19,13 @@ RULES = [
     ("vblora_triton/checks.py", {"torch"}),
     ("vblora_triton/triton_ops/", {"torch", "vblora_triton.kernels", "vblora_triton.triton_ops"}),
     ("vblora_triton/eager.py", {"torch", "vblora_triton.reference", "vblora_triton.triton_ops"}),
-    ("vblora_triton/dispatch.py", {"torch", "vblora_triton.eager", "vblora_triton.triton_ops"}),
+    ("vblora_triton/dispatch.py", {"torch", "vblora_triton.checks", "vblora_triton.eager", "vblora_triton.triton_ops"}),
     (
-        "vblora_triton/ops.py",
-        {"torch", *(f"vblora_triton.{name}" for name in ("dispatch", "checks", "eager", "reference", "triton_ops"))},
+        "vblora_triton/ops/",
+        {
+            "torch",
+            *(f"vblora_triton.{name}" for name in ("ops", "dispatch", "checks", "eager", "reference", "triton_ops")),
+        },
     ),
 ]
 

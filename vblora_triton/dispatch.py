@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vblora_triton import eager
+from vblora_triton.checks import check_in_place
 from vblora_triton.triton_ops import support
 
 BACKENDS = ("auto", "triton", "reference")
@@ -92,3 +93,11 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def writes_in_place(x: Tensor, base_out: Tensor, otherwise: str) -> bool:
+    """Whether to write into base_out, which is checked; compilers and transforms are given a new tensor."""
+    if is_transformed():
+        return False
+    check_in_place(x, base_out, otherwise)
+    return not torch.compiler.is_compiling()

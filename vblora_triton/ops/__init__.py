@@ -1,0 +1,26 @@
+"""The public functions: they check their arguments, choose a backend, and call the kernels or plain PyTorch."""
+
+from vblora_triton.dispatch import use_backend
+from vblora_triton.ops.vblora import (
+    Selection,
+    compose,
+    select,
+    vblora_linear,
+    vblora_linear_,
+    vblora_linear_selected,
+)
+from vblora_triton.ops.vera import Projection, vera_linear, vera_linear_, vera_project
+
+__all__ = [
+    "Projection",
+    "Selection",
+    "compose",
+    "select",
+    "use_backend",
+    "vblora_linear",
+    "vblora_linear_",
+    "vblora_linear_selected",
+    "vera_linear",
+    "vera_linear_",
+    "vera_project",
+]
