@@ -30,6 +30,7 @@ TESTS = [
     "test_gpu.py",
     "test_dropout.py",
     "test_selection.py",
+    "test_selected.py",
     "test_ledger.py",
     "test_compile.py",
     "vblora",

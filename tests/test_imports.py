@@ -18,7 +18,11 @@ RULES = [
     ("vblora_triton/**/config.py", {"vblora_triton.tuner.config", "vblora_triton.hub"}),
     ("vblora_triton/checks.py", {"torch"}),
     ("vblora_triton/triton_ops/", {"torch", "vblora_triton.kernels", "vblora_triton.triton_ops"}),
-    ("vblora_triton/eager.py", {"torch", "vblora_triton.reference", "vblora_triton.triton_ops"}),
+    ("vblora_triton/products.py", {"torch"}),
+    (
+        "vblora_triton/eager.py",
+        {"torch", *(f"vblora_triton.{name}" for name in ("products", "reference", "triton_ops"))},
+    ),
     ("vblora_triton/dispatch.py", {"torch", "vblora_triton.checks", "vblora_triton.eager", "vblora_triton.triton_ops"}),
     (
         "vblora_triton/ops/",

@@ -138,18 +138,23 @@ def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, dropou
         )
 
 
-def check_in_place(x: Tensor, base_out: Tensor | None, otherwise: str) -> None:
-    """Check that an update from x can be written into base_out; `otherwise` names the op that makes a new tensor."""
+def check_in_place(x: Tensor, base_out: Tensor | None, otherwise: str, compiling: bool) -> None:
+    """Check that an update from x can be written into base_out.
+
+    Args:
+        otherwise: the op that makes a new tensor.
+        compiling: a compiler is at work, which cannot say where memory is.
+    """
     if base_out is None:
         raise TypeError(f"`base_out` must be a floating tensor, not None; call {otherwise} for the update alone.")
-    if x is base_out or (not torch.compiler.is_compiling() and is_alias_of(x, base_out)):
+    if x is base_out or (not compiling and is_alias_of(x, base_out)):
         raise ValueError(f"`x` and `base_out` share memory, and x is needed as it is; call {otherwise}.")
     if not base_out.is_contiguous():
         raise ValueError(
             f"`base_out` has strides {base_out.stride()}, but only a contiguous tensor can be written in place; "
             f"call {otherwise}."
         )
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    if not compiling and torch.is_grad_enabled():
         # Torch would notice after the values had been written, or lose a gradient without a word.
         if base_out._is_view():
             raise ValueError(f"`base_out` is a view, and the gradient of its base would be lost; call {otherwise}.")

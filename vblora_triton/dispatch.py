@@ -54,6 +54,16 @@ def seed_for(p: float, x: Tensor) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
 
 
+def meant(backend: str) -> str:
+    """What a backend's name means at present: "auto" may have been set to another one by `use_backend`.
+
+    Raises:
+        ValueError: the name is none of a backend.
+    """
+    check_backend(backend)
+    return _default_backend if backend == "auto" else backend
+
+
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"`backend` is {backend!r}; the backends are {', '.join(map(repr, BACKENDS))}.")
@@ -66,19 +76,18 @@ def choose(backend: str, sizes: support.Sizes, *tensors: Tensor | None) -> str:
 
     Args:
         sizes: those that the kernels set a limit to.
-        tensors: those that they would run on, None left out; the first one says where.
+        tensors: those that they would run on, all on one device; the first one is not None.
     """
-    check_backend(backend)
-    if backend == "auto":
-        backend = _default_backend
-    given = [tensor for tensor in tensors if tensor is not None]
+    backend = meant(backend)
     if backend == "reference":
         return "reference"
-    if backend == "auto" and given[0].device.type != "cuda":
-        return "eager" if eager.fits(*given) and not is_transformed() else "reference"
     if backend == "auto" and is_transformed():
-        # The kernels know neither torch.func's transforms nor forward-mode derivatives.
+        # Neither the kernels nor `eager` know torch.func's transforms or forward-mode derivatives.
         return "reference"
+    first = tensors[0]
+    if backend == "auto" and first is not None and not first.is_cuda:
+        return "eager" if eager.fits(first) else "reference"
+    given = [tensor for tensor in tensors if tensor is not None]
     problem = support.unfit(sizes, *given)
     if problem is None:
         return "triton"
@@ -99,5 +108,6 @@ def writes_in_place(x: Tensor, base_out: Tensor, otherwise: str) -> bool:
     """Whether to write into base_out, which is checked; compilers and transforms are given a new tensor."""
     if is_transformed():
         return False
-    check_in_place(x, base_out, otherwise)
-    return not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    check_in_place(x, base_out, otherwise, compiling)
+    return not compiling

@@ -1,20 +1,21 @@
 """Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
 
-VB-LoRA keeps x, s, its selection, A and B^T, and gathers the vectors again in backward; VeRA keeps its projection p and
-q = (lambda_d p) B^T. `reference` says what is computed, and takes over where these cannot go: under compilers and
-transforms, for second derivatives, and with dropout.
+VB-LoRA keeps x, s, its selection, A and B^T, and gathers the vectors again in backward; VeRA keeps its projection p
+alone, and multiplies by B again. `reference` says what is computed, and takes over where these cannot go: under
+compilers and transforms, for second derivatives, and with dropout.
 """
 
 import torch
 from torch import Tensor
 
 from vblora_triton import reference
+from vblora_triton.products import product
 from vblora_triton.triton_ops.register import first_derivative_only
 
 
-def fits(*tensors: Tensor | None) -> bool:
-    """Say whether these are tensors on the CPU outside of a compiler, which is all that is served here."""
-    return not torch.compiler.is_compiling() and all(t is None or t.device.type == "cpu" for t in tensors)
+def fits(x: Tensor) -> bool:
+    """Say whether x is on the CPU outside of a compiler, which is all that is served here."""
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -53,24 +54,52 @@ def vblora_linear(
     return _VBLoRALinear.apply(x, base_out, logits_A, logits_B, vector_bank, vector_bank, topk, in_place)
 
 
+@torch.no_grad()
+def vblora_linear_selected(
+    x: Tensor,
+    base_out: Tensor | None,
+    indices_A: Tensor,
+    weights_A: Tensor,
+    indices_B: Tensor,
+    weights_B: Tensor,
+    vector_bank: Tensor,
+    in_place: bool = False,
+) -> Tensor:
+    """`reference.vblora_linear_selected` without dropout and gradients; into base_out where `in_place`."""
+    A, B_t = _matrices((indices_A, weights_A), (indices_B, weights_B), vector_bank)
+    return _updated(x, base_out, _projected(x, A), B_t, in_place)
+
+
+def _matrices(
+    selected_A: tuple[Tensor, Tensor], selected_B: tuple[Tensor, Tensor], bank: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B^T, (r, out): products of few columns are slow."""
+    A, B_t = reference.compose_selected(*selected_A, bank), reference.compose_selected(*selected_B, bank)
+    return A.flatten(1), B_t.transpose(0, 1).flatten(1)
+
+
+def _projected(x: Tensor, A: Tensor) -> Tensor:
+    """s = x A^T, (M, r), in the wider dtype."""
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    return x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
+
+
+def _updated(x: Tensor, base_out: Tensor | None, s: Tensor, B_t: Tensor, in_place: bool) -> Tensor:
+    """base_out + s B^T."""
+    return _add(x, base_out, product(s, B_t.T.to(s.dtype)).view(*x.shape[:-1], B_t.shape[1]), in_place)
+
+
 class _VBLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, same_bank, topk, in_place):
         selected_A, selected_B = select(logits_A, topk), select(logits_B, topk)
-        # A, (r, in), and B^T, (r, out): products of few columns are slow.
-        A = reference.compose_selected(*selected_A, vector_bank).flatten(1)
-        B_t = reference.compose_selected(*selected_B, vector_bank).transpose(0, 1).flatten(1)
-        dtype = torch.promote_types(x.dtype, A.dtype)
-        s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
+        A, B_t = _matrices(selected_A, selected_B, vector_bank)
+        s = _projected(x, A)
         ctx.save_for_backward(x, s, *selected_A, *selected_B, A, B_t, vector_bank)
         ctx.num_vectors = logits_A.shape[-1]
         if in_place:
             ctx.mark_dirty(base_out)
-            if base_out.dtype == dtype:
-                base_out.view(-1, B_t.shape[1]).addmm_(s, B_t.to(dtype))
-                return base_out
-        update = (s @ B_t.to(dtype)).view(*x.shape[:-1], B_t.shape[1])
-        return _add(x, base_out, update, in_place)
+        return _updated(x, base_out, s, B_t, in_place)
 
     @staticmethod
     @first_derivative_only
@@ -82,13 +111,13 @@ class _VBLoRALinear(torch.autograd.Function):
         ds = dy_rows @ B_t.T.to(dtype)
         dx = d_logits_A = d_logits_B = d_bank_A = d_bank_B = None
         if need_x:
-            dx = _input_grad(ds, A.to(dtype), x.shape, x.dtype)
+            dx = _shaped(product(ds, A.T.to(dtype)), x.shape, x.dtype)
         if need_A or need_bank:
-            d_rows = (ds.T @ x.reshape(-1, x.shape[-1]).to(dtype)).to(bank.dtype).view(*indices_A.shape[:2], -1)
+            d_rows = product(ds.T, x.reshape(-1, x.shape[-1]).T.to(dtype)).to(bank.dtype).view(*indices_A.shape[:2], -1)
             d_logits_A, d_bank_A = _mixing_grads(d_rows, indices_A, weights_A, bank, h)
         if need_B or need_bank:
             tiles, r = indices_B.shape[:2]
-            d_rows = (s.T @ dy_rows).to(bank.dtype).view(r, tiles, bank.shape[1]).transpose(0, 1)
+            d_rows = product(s.T, dy_rows.T).to(bank.dtype).view(r, tiles, bank.shape[1]).transpose(0, 1)
             d_logits_B, d_bank_B = _mixing_grads(d_rows, indices_B, weights_B, bank, h)
         return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank_B, d_bank_A, None, None
 
@@ -105,9 +134,9 @@ def _mixing_grads(
     return d_logits, torch.zeros_like(bank).index_put_((indices,), d_vectors, accumulate=True)
 
 
-def _input_grad(left: Tensor, right: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """left @ right in this shape and dtype; no view, so that autograd can add to it in place."""
-    return (left.view(*shape[:-1], left.shape[1]) @ right).to(dtype)
+def _shaped(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Rows in this shape and dtype; no view, so that autograd can add to it in place."""
+    return torch.ops.aten._unsafe_view(rows, shape).to(dtype)
 
 
 def vera_linear(
@@ -128,33 +157,30 @@ class _VeraLinear(torch.autograd.Function):
     def forward(ctx, x, base_out, lambda_b, lambda_d, A, B, in_place):
         dtype = widest(x, A, lambda_d)
         A, B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
-        p = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T
+        p = product(x.reshape(-1, x.shape[-1]).to(dtype), A)
+        ctx.save_for_backward(p, lambda_b, lambda_d, A, B)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         if in_place:
             ctx.mark_dirty(base_out)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        # Made again in backward, q would cost a fifth of all that the adapter does.
-        q = (p * lambda_d) @ B.T
-        ctx.save_for_backward(p, q, lambda_b, lambda_d, A, B)
-        same = base_out is not None and base_out.dtype == dtype == lambda_b.dtype
-        if same and in_place:
-            base_out.view(-1, q.shape[1]).addcmul_(q, lambda_b)
+        q = product(p * lambda_d, B)
+        if in_place and base_out.dtype == dtype == lambda_b.dtype:
+            base_out.view(q.shape).addcmul_(q, lambda_b)
             return base_out
-        update = (lambda_b * q).view(*x.shape[:-1], q.shape[1])
-        return _add(x, base_out, update, in_place)
+        return _add(x, base_out, (lambda_b * q).view(*x.shape[:-1], q.shape[1]), in_place)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        p, q, lambda_b, lambda_d, A, B = ctx.saved_tensors
+        p, lambda_b, lambda_d, A, B = ctx.saved_tensors
         need_x, need_base, need_b, need_d = ctx.needs_input_grad[:4]
         dy_rows = dy.reshape(-1, dy.shape[-1]).to(p.dtype)
         dx = d_lambda_b = d_lambda_d = None
         if need_b:
-            d_lambda_b = (dy_rows * q).sum(0).to(lambda_b.dtype)
+            d_lambda_b = product(p * lambda_d, B).mul_(dy_rows).sum(0).to(lambda_b.dtype)
         if need_x or need_d:
-            du = dy_rows @ (lambda_b.to(p.dtype)[:, None] * B)
+            du = product(dy_rows, (lambda_b.to(p.dtype)[:, None] * B).T)
             if need_d:
                 d_lambda_d = (du * p).sum(0).to(lambda_d.dtype)
             if need_x:
-                dx = _input_grad(du.mul_(lambda_d), A, ctx.x_shape, ctx.x_dtype)
+                dx = _shaped(product(du.mul_(lambda_d), A.T), ctx.x_shape, ctx.x_dtype)
         return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from vblora_triton import ops
 from vblora_triton.vblora.layer import Linear
+from vblora_triton.vblora.topk import TopkLogits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -69,9 +71,14 @@ def test_base_layers_output_is_written_only_where_it_is_nobody_elses(base, backe
         assert torch.equal(output, before), "somebody else's tensor was written to"
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_plain_linear_makes_no_second_output(backend, monkeypatch):
+@pytest.mark.parametrize("form", ["training", "evaluation", "from a top-k file"])
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+def test_plain_linear_makes_no_second_output(backend, form, monkeypatch):
     layer, x = adapted(nn.Linear(32, 48, bias=False), backend)
+    if form == "from a top-k file":
+        logits = layer.vblora_logits_A["default"], layer.vblora_logits_B["default"]
+        layer.vblora_topk["default"] = TopkLogits(*ops.select(*logits, 2))
+    expected, *_ = truth(layer, x)
     results = []
     linear = nn.functional.linear
 
@@ -80,7 +87,11 @@ def test_plain_linear_makes_no_second_output(backend, monkeypatch):
         return results[-1]
 
     monkeypatch.setattr(nn.functional, "linear", remember)
-    assert layer(x).data_ptr() == results[0].data_ptr()
+    layer.train(form == "training")
+    with torch.set_grad_enabled(form != "evaluation"):
+        y = layer(x)
+    assert y.data_ptr() == results[0].data_ptr()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_two_active_adapters_add_up_in_one_output():

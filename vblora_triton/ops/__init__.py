@@ -8,6 +8,7 @@ from vblora_triton.ops.vblora import (
     vblora_linear,
     vblora_linear_,
     vblora_linear_selected,
+    vblora_linear_selected_,
 )
 from vblora_triton.ops.vera import Projection, vera_linear, vera_linear_, vera_project
 
@@ -20,6 +21,7 @@ __all__ = [
     "vblora_linear",
     "vblora_linear_",
     "vblora_linear_selected",
+    "vblora_linear_selected_",
     "vera_linear",
     "vera_linear_",
     "vera_project",

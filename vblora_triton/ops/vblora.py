@@ -15,7 +15,7 @@ from vblora_triton.checks import (
     dropout_in_force,
 )
 from vblora_triton.dispatch import choose, no_autocast, seed_for, writes_in_place
-from vblora_triton.triton_ops import linear
+from vblora_triton.triton_ops import linear, selected
 from vblora_triton.triton_ops.support import vblora_sizes
 
 
@@ -216,17 +216,69 @@ def vblora_linear_selected(
     Raises:
         ValueError, TypeError: as `vblora_linear`; or a weight requires a gradient.
     """
+    p = dropout_in_force(dropout_p, training)
+    selection = Selection(indices_A, weights_A, indices_B, weights_B)
+    chosen = _selected_backend(x, base_out, selection, vector_bank, backend)
+    if chosen != "triton":
+        with no_autocast(x.device.type):
+            if _eagerly(chosen, p, x, base_out, vector_bank):
+                return eager.vblora_linear_selected(x, base_out, *selection, vector_bank)
+            return reference.vblora_linear_selected(
+                x, base_out, *selection, vector_bank, dropout_p=p, training=training
+            )
+    return torch.ops.vblora_triton.vblora_linear_selected(x, base_out, *selection, vector_bank, p, seed_for(p, x))
+
+
+def vblora_linear_selected_(
+    x: Tensor,
+    base_out: Tensor,
+    indices_A: Tensor,
+    weights_A: Tensor,
+    indices_B: Tensor,
+    weights_B: Tensor,
+    vector_bank: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`vblora_linear_selected`, written into `base_out`, which is returned; see `vblora_linear_`.
+
+    Raises:
+        ValueError, TypeError: as `vblora_linear_selected` and `vblora_linear_`; nothing is written then.
+    """
+    p = dropout_in_force(dropout_p, training)
+    selection = Selection(indices_A, weights_A, indices_B, weights_B)
+    chosen = _selected_backend(x, base_out, selection, vector_bank, backend)
+    if not writes_in_place(x, base_out, "vblora_linear_selected"):
+        return vblora_linear_selected(
+            x, base_out, *selection, vector_bank, dropout_p=p, training=training, backend=backend
+        )
+    if chosen != "triton":
+        with no_autocast(x.device.type):
+            if _eagerly(chosen, p, x, base_out, vector_bank):
+                return eager.vblora_linear_selected(x, base_out, *selection, vector_bank, in_place=True)
+            # In the wide dtype, so that there is one rounding: that of the sum.
+            x = x.to(torch.promote_types(x.dtype, vector_bank.dtype))
+            update = reference.vblora_linear_selected(x, None, *selection, vector_bank, dropout_p=p, training=training)
+        return base_out.add_(update)
+    return selected.linear_selected_(x, base_out, *selection, vector_bank, p, seed_for(p, x))
+
+
+def _selected_backend(
+    x: Tensor, base_out: Tensor | None, selection: Selection, vector_bank: Tensor, backend: str
+) -> str:
+    indices_A, weights_A, indices_B, weights_B = selection
     check_tensors(x=x, base_out=base_out, weights_A=weights_A, weights_B=weights_B, vector_bank=vector_bank)
     check_selected(x, indices_A, weights_A, "A")
     check_selected(x, indices_B, weights_B, "B")
     check_linear(x, base_out, vector_bank, indices_A, indices_B, indices_A.shape[-1], "indices")
     r, topk = indices_A.shape[0], indices_A.shape[2]
     check_topk(topk, vector_bank.shape[0])
-    p = dropout_in_force(dropout_p, training)
-    selection = (indices_A, weights_A, indices_B, weights_B)
-    if choose(backend, vblora_sizes(r, topk, *vector_bank.shape), x, vector_bank, base_out) != "triton":
-        with no_autocast(x.device.type):
-            return reference.vblora_linear_selected(
-                x, base_out, *selection, vector_bank, dropout_p=p, training=training
-            )
-    return torch.ops.vblora_triton.vblora_linear_selected(x, base_out, *selection, vector_bank, p, seed_for(p, x))
+    return choose(backend, vblora_sizes(r, topk, *vector_bank.shape), x, vector_bank, base_out)
+
+
+def _eagerly(chosen: str, p: float, x: Tensor, *rest: Tensor | None) -> bool:
+    """Whether `eager` serves a call from a selection: it has no gradients of that."""
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *rest))
+    return chosen == "eager" and p == 0 and x.shape[-1] > 0 and not recorded

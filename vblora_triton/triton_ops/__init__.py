@@ -4,6 +4,6 @@
 package needs neither triton nor a GPU.
 """
 
-from vblora_triton.triton_ops import compose, linear, vera
+from vblora_triton.triton_ops import compose, linear, selected, vera
 
-__all__ = ["compose", "linear", "vera"]
+__all__ = ["compose", "linear", "selected", "vera"]

@@ -1,4 +1,4 @@
-"""The adapted linear as operators: from logits or from a selection, into new memory or into the base layer's output."""
+"""The adapted linear as operators, into new memory or into the base layer's output."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ def _empty_selection(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection
     )
 
 
-def _products(
+def products(
     x: Tensor,
     base_out: Tensor | None,
     selection: Selection,
@@ -70,7 +70,7 @@ def _forward(
     r = logits_A.shape[0]
     if x.numel() == 0 or out.numel() == 0:
         # Nothing to multiply, no launch: backward looks at none of these either.
-        _without_update(out, base_out)
+        without_update(out, base_out)
         return _forward_fake_(x, out, logits_A, logits_B, vector_bank, topk, dropout_p, seed)
     with on_device(x.device):
         logits = None
@@ -79,11 +79,11 @@ def _forward(
             selection = _empty_selection(logits_A, logits_B, topk)
         else:
             selection = _select(logits_A, logits_B, topk)
-        s = _products(x, base_out, selection, logits, vector_bank, r, dropout_p, seed, out)
+        s = products(x, base_out, selection, logits, vector_bank, r, dropout_p, seed, out)
     return s, *selection
 
 
-def _without_update(out: Tensor, base_out: Tensor | None) -> Tensor:
+def without_update(out: Tensor, base_out: Tensor | None) -> Tensor:
     return out.zero_() if base_out is None else out.copy_(base_out)
 
 
@@ -97,11 +97,11 @@ def _linear_fwd(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    out = _empty_out(x, base_out, logits_B.shape[0] * vector_bank.shape[1])
+    out = empty_out(x, base_out, logits_B.shape[0] * vector_bank.shape[1])
     return out, *_forward(x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed, out)
 
 
-def _empty_out(x: Tensor, base_out: Tensor | None, N: int) -> Tensor:
+def empty_out(x: Tensor, base_out: Tensor | None, N: int) -> Tensor:
     return (x if base_out is None else base_out).new_empty((*x.shape[:-1], N))
 
 
@@ -115,7 +115,7 @@ def _linear_fwd_fake(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    out = _empty_out(x, base_out, logits_B.shape[0] * vector_bank.shape[1])
+    out = empty_out(x, base_out, logits_B.shape[0] * vector_bank.shape[1])
     return out, *_forward_fake_(x, out, logits_A, logits_B, vector_bank, topk, dropout_p, seed)
 
 
@@ -144,41 +144,6 @@ def _forward_fake_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     s = x.new_empty((math.prod(x.shape[:-1]), logits_A.shape[0]), dtype=torch.float32)
     return s, *_empty_selection(logits_A, logits_B, topk)
-
-
-def _selected_fwd(
-    x: Tensor,
-    base_out: Tensor | None,
-    indices_A: Tensor,
-    weights_A: Tensor,
-    indices_B: Tensor,
-    weights_B: Tensor,
-    vector_bank: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    r = indices_A.shape[0]
-    out = _empty_out(x, base_out, indices_B.shape[0] * vector_bank.shape[1])
-    if x.numel() == 0 or out.numel() == 0:
-        return _without_update(out, base_out), x.new_empty((math.prod(x.shape[:-1]), r), dtype=torch.float32)
-    selection = (indices_A, weights_A, indices_B, weights_B)
-    with on_device(x.device):
-        return out, _products(x, base_out, selection, None, vector_bank, r, dropout_p, seed, out)
-
-
-def _selected_fwd_fake(
-    x: Tensor,
-    base_out: Tensor | None,
-    indices_A: Tensor,
-    weights_A: Tensor,
-    indices_B: Tensor,
-    weights_B: Tensor,
-    vector_bank: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    out = _empty_out(x, base_out, indices_B.shape[0] * vector_bank.shape[1])
-    return out, x.new_empty((math.prod(x.shape[:-1]), indices_A.shape[0]), dtype=torch.float32)
 
 
 def _backward(
@@ -260,12 +225,12 @@ def _backward_fake(
     return [x.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(like, needs, strict=True) if need]
 
 
-def _save(ctx: Any, x: Tensor, vector_bank: Tensor, seed: Tensor | None, dropout_p: float, *results: Tensor) -> None:
+def save(ctx: Any, x: Tensor, vector_bank: Tensor, seed: Tensor | None, dropout_p: float, *results: Tensor) -> None:
     ctx.save_for_backward(x, *results, vector_bank, seed)
     ctx.dropout_p = dropout_p
 
 
-def _gradients(ctx: Any, dy: Tensor, needs: list[bool], dtypes: tuple[torch.dtype, torch.dtype]) -> list[Tensor | None]:
+def gradients(ctx: Any, dy: Tensor, needs: list[bool], dtypes: tuple[torch.dtype, torch.dtype]) -> list[Tensor | None]:
     """The gradients of x, logits_A, logits_B and vector_bank; None where not needed."""
     if not any(needs):
         return [None] * 4
@@ -282,7 +247,7 @@ class _Linear(torch.autograd.Function):
             y, *results = torch.ops.vblora_triton.vblora_linear_fwd(
                 x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed
             )
-        _save(ctx, x, vector_bank, seed, dropout_p, *results)
+        save(ctx, x, vector_bank, seed, dropout_p, *results)
         ctx.dtypes = (logits_A.dtype, logits_B.dtype)
         return y
 
@@ -290,7 +255,7 @@ class _Linear(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, dy):
         need_x, need_base, *need_parameters = ctx.needs_input_grad[:5]
-        dx, *grads = _gradients(ctx, dy, [need_x, *need_parameters], ctx.dtypes)
+        dx, *grads = gradients(ctx, dy, [need_x, *need_parameters], ctx.dtypes)
         return dx, dy if need_base else None, *grads, None, None, None
 
 
@@ -301,30 +266,10 @@ class _LinearInPlace(_Linear):
             results = torch.ops.vblora_triton.vblora_linear_fwd_(
                 x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed
             )
-        _save(ctx, x, vector_bank, seed, dropout_p, *results)
+        save(ctx, x, vector_bank, seed, dropout_p, *results)
         ctx.dtypes = (logits_A.dtype, logits_B.dtype)
         ctx.mark_dirty(base_out)
         return base_out
-
-
-class _Selected(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, base_out, indices_A, weights_A, indices_B, weights_B, vector_bank, dropout_p, seed):
-        selection = (indices_A, weights_A, indices_B, weights_B)
-        with below_autograd():
-            y, s = torch.ops.vblora_triton.vblora_linear_selected_fwd(
-                x, base_out, *selection, vector_bank, dropout_p, seed
-            )
-        _save(ctx, x, vector_bank, seed, dropout_p, s, *selection)
-        return y
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dy):
-        need_x, need_base, *_, need_bank = ctx.needs_input_grad[:7]
-        # No gradient of the logits: their dtypes do not matter.
-        dx, _, _, dbank = _gradients(ctx, dy, [need_x, False, False, need_bank], (torch.float32, torch.float32))
-        return dx, dy if need_base else None, None, None, None, None, dbank, None, None
 
 
 def linear_(
@@ -355,26 +300,23 @@ def _select(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
 
 _PARAMETERS = "Tensor logits_A, Tensor logits_B, Tensor vector_bank, int topk, float dropout_p, Tensor? seed"
 _LINEAR = "Tensor x, Tensor? base_out, " + _PARAMETERS
-_SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
-_SELECTED = f"Tensor x, Tensor? base_out, {_SELECTION}, Tensor vector_bank, float dropout_p, Tensor? seed"
+SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
 
-define("vblora_select", "Tensor logits_A, Tensor logits_B, int topk", f"({_SELECTION})", _select, _empty_selection)
-define("vblora_linear_fwd", _LINEAR, f"(Tensor y, Tensor s, {_SELECTION})", _linear_fwd, _linear_fwd_fake)
+define("vblora_select", "Tensor logits_A, Tensor logits_B, int topk", f"({SELECTION})", _select, _empty_selection)
+define("vblora_linear_fwd", _LINEAR, f"(Tensor y, Tensor s, {SELECTION})", _linear_fwd, _linear_fwd_fake)
 define(
     "vblora_linear_fwd_",
     "Tensor x, Tensor(a!) base_out, " + _PARAMETERS,
-    f"(Tensor s, {_SELECTION})",
+    f"(Tensor s, {SELECTION})",
     _linear_fwd_,
     _forward_fake_,
 )
-define("vblora_linear_selected_fwd", _SELECTED, "(Tensor y, Tensor s)", _selected_fwd, _selected_fwd_fake)
 define(
     "vblora_linear_bwd",
-    f"Tensor dy, Tensor x, Tensor s, {_SELECTION}, Tensor vector_bank, ScalarType dtype_A, ScalarType dtype_B, "
+    f"Tensor dy, Tensor x, Tensor s, {SELECTION}, Tensor vector_bank, ScalarType dtype_A, ScalarType dtype_B, "
     "float dropout_p, Tensor? seed, bool[] needs",
     "Tensor[]",
     _backward,
     _backward_fake,
 )
 define_differentiable("vblora_linear", _LINEAR, _Linear, "vblora_linear_fwd", _linear_fwd_fake)
-define_differentiable("vblora_linear_selected", _SELECTED, _Selected, "vblora_linear_selected_fwd", _selected_fwd_fake)

@@ -15,9 +15,11 @@ def is_plain(*tensors: Tensor) -> bool:
 
     Under any of them a result must not outlive the call, nor memory be written that somebody may have noted.
     """
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return False
     return (
-        all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vblora_triton import ops
+from vblora_triton.dispatch import meant
 from vblora_triton.tuner.linear import is_plain
 
 
@@ -57,7 +58,8 @@ def shared_projection(x: Tensor, A: Tensor, result: Tensor, backend: str) -> ops
     if not is_plain(x, result) or x.is_inference():
         return None
     entries = _entries.get()
-    if entries is None:
+    # On a CPU PyTorch computes, which has no use for one, unless it was told to run the kernels.
+    if entries is None or (x.is_cpu and meant(backend) != "triton"):
         return None
     known = entries.get(id(A))
     state = (x._version, x.data_ptr(), result.dtype)
