@@ -62,6 +62,19 @@ def test_output_and_each_gradient_are_as_exact_as_the_reference(function, case):
             assert_as_exact_as_eager(result[name], expected[name], truth[name], floor, name)
 
 
+@pytest.mark.parametrize("special", [float("nan"), float("-inf"), 1.0], ids=str)
+def test_vblora_with_ties_and_special_values_is_the_reference(special):
+    case = LinearCase(M=9, device="cpu")
+    tensors = case.tensors()
+    with torch.no_grad():
+        for name in ("logits_A", "logits_B"):
+            tensors[name][..., ::2] = special
+    expected = case.run(reference.vblora_linear, tensors)
+    for function in (ops.vblora_linear, in_place(ops.vblora_linear_)):
+        for name, value in case.run(function, tensors).items():
+            torch.testing.assert_close(value, expected[name], equal_nan=True, rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("recorded", ["nothing", "all but lambda_b"])
 def test_vera_keeps_its_projection_alone_and_is_as_exact_without_some_gradients(recorded, dtype):

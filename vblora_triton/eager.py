@@ -1,16 +1,19 @@
 """Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
 
-VB-LoRA keeps x, s, its selection, A and B^T, and gathers the vectors again in backward; VeRA keeps its projection p
+VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps its projection p
 alone, and multiplies by B again. `reference` says what is computed, and takes over where these cannot go: under
 compilers and transforms, for second derivatives, and with dropout.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vblora_triton import reference
 from vblora_triton.products import product
 from vblora_triton.triton_ops.register import first_derivative_only
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def fits(x: Tensor) -> bool:
@@ -22,7 +25,8 @@ def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """`reference.select` without sorting, but where a tie or a NaN among the first topk + 1 needs it."""
     values, indices = logits.topk(min(topk + 1, logits.shape[-1]), dim=-1)
     if not (values[..., 1:] < values[..., :-1]).all():
-        return reference.select(logits, topk)
+        indices, weights = reference.select(logits, topk)
+        return indices.contiguous(), weights
     return indices[..., :topk].contiguous(), values[..., :topk].softmax(-1)
 
 
@@ -51,7 +55,7 @@ def vblora_linear(
     in_place: bool = False,
 ) -> Tensor:
     """`reference.vblora_linear` without dropout; into base_out where `in_place`."""
-    return _VBLoRALinear.apply(x, base_out, logits_A, logits_B, vector_bank, vector_bank, topk, in_place)
+    return _VBLoRALinear.apply(x, base_out, logits_A, logits_B, vector_bank, topk, in_place)
 
 
 @torch.no_grad()
@@ -66,16 +70,29 @@ def vblora_linear_selected(
     in_place: bool = False,
 ) -> Tensor:
     """`reference.vblora_linear_selected` without dropout and gradients; into base_out where `in_place`."""
-    A, B_t = _matrices((indices_A, weights_A), (indices_B, weights_B), vector_bank)
+    vectors = _mixed(_as_rows(indices_A, indices_B), _as_rows(weights_A, weights_B), vector_bank)
+    A, B_t = _split(vectors, indices_A.shape)
     return _updated(x, base_out, _projected(x, A), B_t, in_place)
 
 
-def _matrices(
-    selected_A: tuple[Tensor, Tensor], selected_B: tuple[Tensor, Tensor], bank: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A, (r, in), and B^T, (r, out): products of few columns are slow."""
-    A, B_t = reference.compose_selected(*selected_A, bank), reference.compose_selected(*selected_B, bank)
-    return A.flatten(1), B_t.transpose(0, 1).flatten(1)
+def _as_rows(of_A: Tensor, of_B: Tensor) -> Tensor:
+    """(r, in/b, n) and (out/b, r, n) as one matrix of n columns."""
+    n = of_A.shape[-1]
+    return torch.cat([of_A.reshape(-1, n), of_B.reshape(-1, n)])
+
+
+def _split(vectors: Tensor, shape_A: torch.Size) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B^T, (r, out), from the bank's vectors mixed for `_as_rows`."""
+    r, b = shape_A[0], vectors.shape[1]
+    A, B = vectors.split([r * shape_A[1], len(vectors) - r * shape_A[1]])
+    return A.view(r, -1), B.view(-1, r, b).transpose(0, 1).reshape(r, -1)
+
+
+def _mixed(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    """`reference.compose_selected` for the rows of matrices, (rows, k)."""
+    dtype = torch.promote_types(weights.dtype, bank.dtype)
+    vectors = F.embedding(indices, bank).to(dtype)
+    return torch.bmm(weights.to(dtype).unsqueeze(1), vectors).squeeze(1).to(bank.dtype)
 
 
 def _projected(x: Tensor, A: Tensor) -> Tensor:
@@ -90,13 +107,16 @@ def _updated(x: Tensor, base_out: Tensor | None, s: Tensor, B_t: Tensor, in_plac
 
 
 class _VBLoRALinear(torch.autograd.Function):
+    # What is done to rows of A is done to those of B^T at once: on a CPU it is the number of small steps that costs.
+
     @staticmethod
-    def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, same_bank, topk, in_place):
-        selected_A, selected_B = select(logits_A, topk), select(logits_B, topk)
-        A, B_t = _matrices(selected_A, selected_B, vector_bank)
+    def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, topk, in_place):
+        indices, weights = select(_as_rows(logits_A, logits_B), topk)
+        vectors = _mixed(indices, weights, vector_bank)
+        A, B_t = _split(vectors, logits_A.shape)
         s = _projected(x, A)
-        ctx.save_for_backward(x, s, *selected_A, *selected_B, A, B_t, vector_bank)
-        ctx.num_vectors = logits_A.shape[-1]
+        ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank)
+        ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
         if in_place:
             ctx.mark_dirty(base_out)
         return _updated(x, base_out, s, B_t, in_place)
@@ -104,39 +124,55 @@ class _VBLoRALinear(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        x, s, indices_A, weights_A, indices_B, weights_B, A, B_t, bank = ctx.saved_tensors
+        x, s, indices, weights, vectors, bank = ctx.saved_tensors
         need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
-        dtype, h = s.dtype, ctx.num_vectors
-        dy_rows = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        ds = dy_rows @ B_t.T.to(dtype)
-        dx = d_logits_A = d_logits_B = d_bank_A = d_bank_B = None
+        (shape_A, dtype_A), (shape_B, dtype_B) = ctx.like
+        A, B_t = _split(vectors, shape_A)
+        dy_rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
+        ds = dy_rows @ B_t.T.to(s.dtype)
+        dx = d_logits_A = d_logits_B = d_bank = None
         if need_x:
-            dx = _shaped(product(ds, A.T.to(dtype)), x.shape, x.dtype)
-        if need_A or need_bank:
-            d_rows = product(ds.T, x.reshape(-1, x.shape[-1]).T.to(dtype)).to(bank.dtype).view(*indices_A.shape[:2], -1)
-            d_logits_A, d_bank_A = _mixing_grads(d_rows, indices_A, weights_A, bank, h)
-        if need_B or need_bank:
-            tiles, r = indices_B.shape[:2]
-            d_rows = product(s.T, dy_rows.T).to(bank.dtype).view(r, tiles, bank.shape[1]).transpose(0, 1)
-            d_logits_B, d_bank_B = _mixing_grads(d_rows, indices_B, weights_B, bank, h)
-        return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank_B, d_bank_A, None, None
+            dx = _shaped(product(ds, A.T.to(s.dtype)), x.shape, x.dtype)
+        if need_A or need_B or need_bank:
+            dA = product(ds.T, x.reshape(-1, x.shape[-1]).T.to(s.dtype))
+            dB = product(s.T, dy_rows.T).view(shape_A[0], -1, bank.shape[1]).transpose(0, 1)
+            d_vectors = torch.cat([d.reshape(-1, bank.shape[1]) for d in (dA, dB)]).to(bank.dtype)
+            d_selected, d_bank = _mixing_grads(d_vectors, indices, weights, bank)
+            rows = [shape_A[0] * shape_A[1], shape_B[0] * shape_B[1]]
+            (indices_A, indices_B), (of_A, of_B) = indices.split(rows), d_selected.split(rows)
+            d_logits_A = _scattered(indices_A, of_A.to(dtype_A), shape_A) if need_A else None
+            d_logits_B = _scattered(indices_B, of_B.to(dtype_B), shape_B) if need_B else None
+        return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank, None, None
 
 
-def _mixing_grads(
-    d_rows: Tensor, indices: Tensor, weights: Tensor, bank: Tensor, num_vectors: int
-) -> tuple[Tensor, Tensor]:
-    """The gradients of logits and bank: dlogits[index_k] = w_k (g_k - sum_j w_j g_j), g_k = d_rows . bank[index_k]."""
-    d_mixed = d_rows.unsqueeze(-2).to(torch.promote_types(weights.dtype, bank.dtype))
-    d_weights = (d_mixed * bank[indices]).sum(-1).to(weights.dtype)
-    d_logits = torch.zeros((*indices.shape[:-1], num_vectors), dtype=weights.dtype)
-    d_logits.scatter_(-1, indices, torch._softmax_backward_data(d_weights, weights, -1, weights.dtype))
-    d_vectors = (d_mixed * weights.unsqueeze(-1)).to(bank.dtype)
-    return d_logits, torch.zeros_like(bank).index_put_((indices,), d_vectors, accumulate=True)
+def _scattered(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Values, (rows, k), at their indices among zeros, in this shape of logits."""
+    zeros = torch.zeros(shape, dtype=values.dtype)
+    zeros.view(-1, shape[-1]).scatter_(-1, indices, values)
+    return zeros
+
+
+def _mixing_grads(d_vectors: Tensor, indices: Tensor, weights: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the selected logits, (rows, k), and of the bank.
+
+    dlogits[index_k] = w_k (g_k - sum_j w_j g_j), g_k = d_vectors . bank[index_k];  dbank[index_k] += w_k d_vectors
+
+    Args:
+        d_vectors: (rows, b).
+        indices, weights: (rows, k).
+    """
+    d_mixed = d_vectors.unsqueeze(1).to(torch.promote_types(weights.dtype, bank.dtype))
+    d_weights = (d_mixed * F.embedding(indices, bank)).sum(-1).to(weights.dtype)
+    d_bank = (d_mixed * weights.unsqueeze(-1)).to(bank.dtype).reshape(-1, bank.shape[1])
+    return (
+        torch._softmax_backward_data(d_weights, weights, -1, weights.dtype),
+        torch.zeros_like(bank).index_add_(0, indices.view(-1), d_bank),
+    )
 
 
 def _shaped(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Rows in this shape and dtype; no view, so that autograd can add to it in place."""
-    return torch.ops.aten._unsafe_view(rows, shape).to(dtype)
+    return (rows if rows.shape == shape else _unsafe_view(rows, shape)).to(dtype)
 
 
 def vera_linear(
