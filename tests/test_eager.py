@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.linear_case import LinearCase, in_float64
+from tests.linear_case import NAMES, LinearCase, in_float64
 from tests.tolerance import assert_as_exact_as_eager
 from tests.vera_case import VeraCase, arguments
 from vblora_triton import eager, ops, reference
@@ -60,6 +60,22 @@ def test_output_and_each_gradient_are_as_exact_as_the_reference(function, case):
     for result in results:
         for name in truth:
             assert_as_exact_as_eager(result[name], expected[name], truth[name], floor, name)
+
+
+@pytest.mark.parametrize("case", CASES["vblora"], ids=str)
+def test_vblora_without_gradients_is_as_exact(case):
+    tensors = case.tensors()
+    inputs = [tensors.get(name) for name in NAMES]
+    wide = in_float64(tensors)
+    truth = reference.vblora_linear(*(wide.get(name) for name in NAMES), case.k)
+    expected = reference.vblora_linear(*inputs, case.k)
+    floor = torch.float32 if case.dtype == torch.float64 else case.dtype
+    with torch.no_grad():
+        results = [ops.vblora_linear(*inputs, case.k)]
+        if case.base and case.layout == "contiguous":
+            results.append(in_place(ops.vblora_linear_)(*inputs, case.k))
+    for result in results:
+        assert_as_exact_as_eager(result, expected, truth, floor, "y")
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("-inf"), 1.0], ids=str)

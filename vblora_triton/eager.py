@@ -55,7 +55,10 @@ def vblora_linear(
     in_place: bool = False,
 ) -> Tensor:
     """`reference.vblora_linear` without dropout; into base_out where `in_place`."""
-    return _VBLoRALinear.apply(x, base_out, logits_A, logits_B, vector_bank, topk, in_place)
+    if torch.is_grad_enabled():
+        return _VBLoRALinear.apply(x, base_out, logits_A, logits_B, vector_bank, topk, in_place)
+    vectors = _mixed(*select(_as_rows(logits_A, logits_B), topk), vector_bank)
+    return _updated(x, base_out, vectors, logits_A.shape, in_place)[0]
 
 
 @torch.no_grad()
@@ -71,8 +74,7 @@ def vblora_linear_selected(
 ) -> Tensor:
     """`reference.vblora_linear_selected` without dropout and gradients; into base_out where `in_place`."""
     vectors = _mixed(_as_rows(indices_A, indices_B), _as_rows(weights_A, weights_B), vector_bank)
-    A, B_t = _split(vectors, indices_A.shape)
-    return _updated(x, base_out, _projected(x, A), B_t, in_place)
+    return _updated(x, base_out, vectors, indices_A.shape, in_place)[0]
 
 
 def _as_rows(of_A: Tensor, of_B: Tensor) -> Tensor:
@@ -95,15 +97,15 @@ def _mixed(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     return torch.bmm(weights.to(dtype).unsqueeze(1), vectors).squeeze(1).to(bank.dtype)
 
 
-def _projected(x: Tensor, A: Tensor) -> Tensor:
-    """s = x A^T, (M, r), in the wider dtype."""
+def _updated(
+    x: Tensor, base_out: Tensor | None, vectors: Tensor, shape_A: torch.Size, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """base_out + s B^T, and s = x A^T, (M, r), in the wider dtype."""
+    A, B_t = _split(vectors, shape_A)
     dtype = torch.promote_types(x.dtype, A.dtype)
-    return x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
-
-
-def _updated(x: Tensor, base_out: Tensor | None, s: Tensor, B_t: Tensor, in_place: bool) -> Tensor:
-    """base_out + s B^T."""
-    return _add(x, base_out, product(s, B_t.T.to(s.dtype)).view(*x.shape[:-1], B_t.shape[1]), in_place)
+    s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
+    update = product(s, B_t.T.to(dtype)).view(*x.shape[:-1], B_t.shape[1])
+    return _add(x, base_out, update, in_place), s
 
 
 class _VBLoRALinear(torch.autograd.Function):
@@ -113,13 +115,12 @@ class _VBLoRALinear(torch.autograd.Function):
     def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, topk, in_place):
         indices, weights = select(_as_rows(logits_A, logits_B), topk)
         vectors = _mixed(indices, weights, vector_bank)
-        A, B_t = _split(vectors, logits_A.shape)
-        s = _projected(x, A)
-        ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank)
-        ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
         if in_place:
             ctx.mark_dirty(base_out)
-        return _updated(x, base_out, s, B_t, in_place)
+        y, s = _updated(x, base_out, vectors, logits_A.shape, in_place)
+        ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank)
+        ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
+        return y
 
     @staticmethod
     @first_derivative_only
