@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import LINEARS
 from vblora_triton.kernels.aot import SHARED_LIMIT, TARGETS, compiling, sass
-from vblora_triton.triton_ops import compose, linear, vera
+from vblora_triton.triton_ops import compose, linear, selected, vera
 
 # (in, out) of the linears that ship: Llama-2-7B's, and of Llama-3-70B those of other shapes.
 SHAPES = {name: shape for name, shape in LINEARS.items() if name.startswith("llama")}
@@ -27,7 +27,7 @@ def launch_all(
     bank = torch.empty(h, b, **meta)
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
     y, s, *selection = linear._linear_fwd(x, base, logits_A, logits_B, bank, k, p, seed)
-    linear._selected_fwd(x, base, *selection, bank, p, seed)
+    selected._selected_fwd(x, base, *selection, bank, p, seed)
     linear._backward(y, x, s, *selection, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
     compose._forward(logits_A, bank, k)
 
