@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.linear_case import NAMES, LinearCase, in_float64
 from tests.tolerance import assert_as_exact_as_eager
@@ -115,6 +117,92 @@ def test_vera_keeps_its_projection_alone_and_is_as_exact_without_some_gradients(
         with torch.set_grad_enabled(recorded != "nothing"):
             kept = saved_bytes(lambda f=function: f(*arguments(tensors)), list(tensors.values()))
         assert kept == (0 if recorded == "nothing" else case.M * case.r * widest.itemsize)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_gradients_may_be_asked_for_in_batches(method):
+    case, function = CASES[method][0], f"{method}_linear"
+    results = []
+    for module in (ops, reference):
+        tensors = case.tensors()
+        inputs = arguments(tensors) if method == "vera" else [*(tensors[n] for n in NAMES), case.k]
+        y = getattr(module, function)(*inputs)
+        wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        dys = torch.stack([tensors["dy"], tensors["dy"].flip(0), tensors["dy"] * 0])
+        results.append(torch.autograd.grad(y, wanted, dys, is_grads_batched=True))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_backward_under_autocast_is_as_exact(method):
+    case, function = CASES[method][0], getattr(ops, f"{method}_linear")
+    grads = []
+    for enabled in (False, True):
+        tensors = case.tensors()
+        inputs = arguments(tensors) if method == "vera" else [*(tensors[n] for n in NAMES), case.k]
+        wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        y = function(*inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(y, wanted, tensors["dy"]))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_update_alone_may_be_written_to(method):
+    case, function = CASES[method][0], getattr(ops, f"{method}_linear")
+    tensors = case.tensors()
+    tensors["base_out"] = None
+    inputs = arguments(tensors) if method == "vera" else [*(tensors[n] for n in NAMES), case.k]
+    y = function(*inputs)
+    assert torch.equal(y.detach() + 1, torch.add(y, 0).add_(1))
+    assert torch.equal(y.detach() + 1, y.add_(1))
+
+
+def test_vblora_without_features_out_has_gradients_of_zero():
+    x = torch.randn(6, 16, requires_grad=True)
+    parameters = [torch.randn(shape, requires_grad=True) for shape in ((2, 2, 5), (0, 2, 5), (5, 8))]
+    y = ops.vblora_linear(x, None, *parameters, 2)
+    assert y.shape == (6, 0)
+    for tensor, grad in zip((x, *parameters), torch.autograd.grad(y.sum(), (x, *parameters)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("only", ["logits_A", "logits_B", "vector_bank"])
+def test_a_second_derivative_in_one_parameter_alone_is_refused(only, backend):
+    tensors = {name: t.detach() for name, t in LinearCase(M=3, K=16, N=8, b=8, h=5, device="cpu").tensors().items()}
+    tensors[only].requires_grad_()
+    y = ops.vblora_linear(*(tensors[name] for name in NAMES), 2, backend=backend)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(y.sum(), tensors[only], create_graph=True)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_second_derivative_in_x_alone_is_zero(method):
+    case, function = CASES[method][0], getattr(ops, f"{method}_linear")
+    tensors = {name: t.detach() for name, t in case.tensors().items()}
+    tensors["x"].requires_grad_()
+    inputs = arguments(tensors) if method == "vera" else [*(tensors[n] for n in NAMES), case.k]
+    (dx,) = torch.autograd.grad(function(*inputs).sum(), tensors["x"], create_graph=True)
+    assert not dx.requires_grad
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_who_traces_or_fakes_is_given_the_reference(method):
+    case, function = CASES[method][0], getattr(ops, f"{method}_linear")
+    tensors = {name: t.detach() for name, t in case.tensors().items()}
+    names = [name for name in tensors if name != "dy"]
+
+    def call(*values):
+        given = dict(zip(names, values, strict=True))
+        return function(*(arguments(given) if method == "vera" else [*values, case.k]))
+
+    values = [tensors[name] for name in names]
+    expected = call(*values)
+    torch.testing.assert_close(make_fx(call)(*values)(*values), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(*(mode.from_tensor(value) for value in values)).shape == expected.shape
 
 
 @pytest.mark.parametrize("method", CASES)

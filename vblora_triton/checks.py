@@ -138,15 +138,19 @@ def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, dropou
         )
 
 
-def check_in_place(x: Tensor, base_out: Tensor | None, otherwise: str, compiling: bool) -> None:
+def check_given(base_out: Tensor | None, otherwise: str) -> None:
+    """Check that there is a base_out to write into; `otherwise` names the op that makes a new tensor."""
+    if base_out is None:
+        raise TypeError(f"`base_out` must be a floating tensor, not None; call {otherwise} for the update alone.")
+
+
+def check_in_place(x: Tensor, base_out: Tensor, otherwise: str, compiling: bool) -> None:
     """Check that an update from x can be written into base_out.
 
     Args:
         otherwise: the op that makes a new tensor.
         compiling: a compiler is at work, which cannot say where memory is.
     """
-    if base_out is None:
-        raise TypeError(f"`base_out` must be a floating tensor, not None; call {otherwise} for the update alone.")
     if x is base_out or (not compiling and is_alias_of(x, base_out)):
         raise ValueError(f"`x` and `base_out` share memory, and x is needed as it is; call {otherwise}.")
     if not base_out.is_contiguous():
@@ -170,6 +174,8 @@ def check_in_place(x: Tensor, base_out: Tensor | None, otherwise: str, compiling
 
 def check_selected(x: Tensor, indices: Tensor, weights: Tensor, which: str) -> None:
     """Check the dtypes, shapes and device of one matrix's selection."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"`indices_{which}` must be an int32 tensor, not {type(indices).__name__}.")
     if indices.dtype != torch.int32 or weights.dtype != torch.float32:
         raise TypeError(
             f"`indices_{which}` and `weights_{which}` are {indices.dtype} and {weights.dtype}; "

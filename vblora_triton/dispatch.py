@@ -3,15 +3,14 @@
 # Not "backends.py": torch.compile leaves every file alone whose path has "triton/backends" in it.
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from vblora_triton import eager
-from vblora_triton.checks import check_in_place
+from vblora_triton.checks import check_given, check_in_place
 from vblora_triton.triton_ops import support
 
 BACKENDS = ("auto", "triton", "reference")
@@ -39,14 +38,6 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _default_backend = previous
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """The matmuls of the definition keep their own dtypes: autocast is for the base model."""
-    # The meta device has no autocast to ask about; torch 2.11 cannot compile torch.amp.is_autocast_available.
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def seed_for(p: float, x: Tensor) -> Tensor | None:
@@ -106,6 +97,7 @@ def is_transformed() -> bool:
 
 def writes_in_place(x: Tensor, base_out: Tensor, otherwise: str) -> bool:
     """Whether to write into base_out, which is checked; compilers and transforms are given a new tensor."""
+    check_given(base_out, otherwise)
     if is_transformed():
         return False
     compiling = torch.compiler.is_compiling()

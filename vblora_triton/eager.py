@@ -17,8 +17,13 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def fits(x: Tensor) -> bool:
-    """Say whether x is on the CPU outside of a compiler, which is all that is served here."""
-    return x.is_cpu and not torch.compiler.is_compiling()
+    """Say whether x is on the CPU, and nobody traces or compiles what is done to it: all that is served here."""
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+    )
 
 
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -104,11 +109,12 @@ def _updated(
     A, B_t = _split(vectors, shape_A)
     dtype = torch.promote_types(x.dtype, A.dtype)
     s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
-    update = product(s, B_t.T.to(dtype)).view(*x.shape[:-1], B_t.shape[1])
+    update = _shaped(product(s, B_t.T.to(dtype)), (*x.shape[:-1], B_t.shape[1]), dtype)
     return _add(x, base_out, update, in_place), s
 
 
 class _VBLoRALinear(torch.autograd.Function):
+    linear_in = 2
     # What is done to rows of A is done to those of B^T at once: on a CPU it is the number of small steps that costs.
 
     @staticmethod
@@ -129,7 +135,7 @@ class _VBLoRALinear(torch.autograd.Function):
         need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
         (shape_A, dtype_A), (shape_B, dtype_B) = ctx.like
         A, B_t = _split(vectors, shape_A)
-        dy_rows = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
+        dy_rows = dy.reshape(len(s), B_t.shape[1]).to(s.dtype)
         ds = dy_rows @ B_t.T.to(s.dtype)
         dx = d_logits_A = d_logits_B = d_bank = None
         if need_x:
@@ -148,7 +154,7 @@ class _VBLoRALinear(torch.autograd.Function):
 
 def _scattered(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     """Values, (rows, k), at their indices among zeros, in this shape of logits."""
-    zeros = torch.zeros(shape, dtype=values.dtype)
+    zeros = values.new_zeros(shape)
     zeros.view(-1, shape[-1]).scatter_(-1, indices, values)
     return zeros
 
@@ -167,12 +173,12 @@ def _mixing_grads(d_vectors: Tensor, indices: Tensor, weights: Tensor, bank: Ten
     d_bank = (d_mixed * weights.unsqueeze(-1)).to(bank.dtype).reshape(-1, bank.shape[1])
     return (
         torch._softmax_backward_data(d_weights, weights, -1, weights.dtype),
-        torch.zeros_like(bank).index_add_(0, indices.view(-1), d_bank),
+        d_bank.new_zeros(bank.shape).index_add_(0, indices.view(-1), d_bank),
     )
 
 
-def _shaped(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Rows in this shape and dtype; no view, so that autograd can add to it in place."""
+def _shaped(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows in this shape and dtype; no view, so that others can write to it."""
     return (rows if rows.shape == shape else _unsafe_view(rows, shape)).to(dtype)
 
 
@@ -190,30 +196,34 @@ def vera_linear(
 
 
 class _VeraLinear(torch.autograd.Function):
+    linear_in = 2
+
     @staticmethod
     def forward(ctx, x, base_out, lambda_b, lambda_d, A, B, in_place):
         dtype = widest(x, A, lambda_d)
-        A, B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
-        p = product(x.reshape(-1, x.shape[-1]).to(dtype), A)
+        wide_A, wide_B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
+        p = product(x.reshape(-1, x.shape[-1]).to(dtype), wide_A)
         ctx.save_for_backward(p, lambda_b, lambda_d, A, B)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         if in_place:
             ctx.mark_dirty(base_out)
-        q = product(p * lambda_d, B)
+        q = product(p * lambda_d, wide_B)
         if in_place and base_out.dtype == dtype == lambda_b.dtype:
             base_out.view(q.shape).addcmul_(q, lambda_b)
             return base_out
-        return _add(x, base_out, (lambda_b * q).view(*x.shape[:-1], q.shape[1]), in_place)
+        update = lambda_b * q
+        return _add(x, base_out, _shaped(update, (*x.shape[:-1], q.shape[1]), update.dtype), in_place)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
         p, lambda_b, lambda_d, A, B = ctx.saved_tensors
         need_x, need_base, need_b, need_d = ctx.needs_input_grad[:4]
+        A, B = A[:, : ctx.x_shape[-1]].to(p.dtype), B[: lambda_b.shape[0]].to(p.dtype)
         dy_rows = dy.reshape(-1, dy.shape[-1]).to(p.dtype)
         dx = d_lambda_b = d_lambda_d = None
         if need_b:
-            d_lambda_b = product(p * lambda_d, B).mul_(dy_rows).sum(0).to(lambda_b.dtype)
+            d_lambda_b = (product(p * lambda_d, B) * dy_rows).sum(0).to(lambda_b.dtype)
         if need_x or need_d:
             du = product(dy_rows, (lambda_b.to(p.dtype)[:, None] * B).T)
             if need_d:

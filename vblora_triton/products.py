@@ -1,7 +1,7 @@
 """Matrix products on a CPU: by oneDNN, where torch brings it, instead of the BLAS that torch.mm calls.
 
-MKL, the BLAS of torch's own builds, is slow on processors of other makers, and torch itself takes oneDNN for 16-bit
-products alone. Both add up in float32.
+MKL, the BLAS of torch's own builds, is slow on processors of other makers, and for products in full float32 torch
+itself does not take oneDNN. Both follow `torch.set_float32_matmul_precision`.
 """
 
 import torch
@@ -40,11 +40,12 @@ def _serves(left: Tensor, right: Tensor) -> bool:
         and N >= LEAST_COLUMNS
         and left.dtype == right.dtype == torch.float32
         and left.is_cpu
-        and type(left) is Tensor
+        and type(left) is type(right) is Tensor
         and _is_dense(left)
         and (M >= ROWS_TO_COPY or _is_dense(right))
         # Who counts operations, or keeps some of them, is to see products that he knows.
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_mkldnn_enabled()
     )
 

@@ -1,4 +1,4 @@
-"""Both methods in plain PyTorch: their definition, the path on CPU, and the oracle that the kernels are tested against.
+"""Both methods in plain PyTorch: their definition, and the oracle that the kernels and `eager` are tested against.
 
 The shortest correct PyTorch, differentiable by autograd, without speed tricks. Shapes are checked in `ops`.
 """

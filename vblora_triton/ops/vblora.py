@@ -14,9 +14,9 @@ from vblora_triton.checks import (
     check_topk,
     dropout_in_force,
 )
-from vblora_triton.dispatch import choose, no_autocast, seed_for, writes_in_place
+from vblora_triton.dispatch import choose, seed_for, writes_in_place
 from vblora_triton.triton_ops import linear, selected
-from vblora_triton.triton_ops.support import vblora_sizes
+from vblora_triton.triton_ops.support import no_autocast, vblora_sizes
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "auto") -> Tensor:
@@ -273,7 +273,8 @@ def _selected_backend(
     check_selected(x, indices_A, weights_A, "A")
     check_selected(x, indices_B, weights_B, "B")
     check_linear(x, base_out, vector_bank, indices_A, indices_B, indices_A.shape[-1], "indices")
-    r, topk = indices_A.shape[0], indices_A.shape[2]
+    # To torch.jit.trace sizes are tensors.
+    r, topk = int(indices_A.shape[0]), int(indices_A.shape[2])
     check_topk(topk, vector_bank.shape[0])
     return choose(backend, vblora_sizes(r, topk, *vector_bank.shape), x, vector_bank, base_out)
 

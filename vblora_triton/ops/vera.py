@@ -13,9 +13,9 @@ from vblora_triton.checks import (
     check_vera,
     dropout_in_force,
 )
-from vblora_triton.dispatch import choose, no_autocast, seed_for, writes_in_place
+from vblora_triton.dispatch import choose, seed_for, writes_in_place
 from vblora_triton.triton_ops import vera
-from vblora_triton.triton_ops.support import vera_sizes
+from vblora_triton.triton_ops.support import no_autocast, vera_sizes
 
 
 class Projection(NamedTuple):

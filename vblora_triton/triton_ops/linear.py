@@ -241,6 +241,8 @@ def gradients(ctx: Any, dy: Tensor, needs: list[bool], dtypes: tuple[torch.dtype
 
 
 class _Linear(torch.autograd.Function):
+    linear_in = 2
+
     @staticmethod
     def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed):
         with below_autograd():

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vblora_triton.triton_ops.support import no_autocast
+
 _library = torch.library.Library("vblora_triton", "DEF")
 
 
@@ -52,18 +54,23 @@ def below_autograd() -> Any:
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """Decorate the backward of an autograd.Function that has no derivative of its own."""
+    """Decorate the backward of an autograd.Function that has no derivative of its own; autocast is off inside.
+
+    The function's `linear_in`, where it has one, counts its first inputs that it is linear in: their gradients do not
+    depend on them.
+    """
 
     @wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(g, Tensor) and g.requires_grad for g in (*grads, *ctx.saved_tensors)
+        if torch.is_grad_enabled() and (
+            any(isinstance(g, Tensor) and g.requires_grad for g in grads)
+            or any(ctx.needs_input_grad[getattr(ctx._forward_cls, "linear_in", 0) :])
         ):
             raise RuntimeError(
                 "This backend cannot be differentiated twice, which create_graph=True asks for; "
                 "use backend='reference'."
             )
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast(grads[0].device.type):
             return backward(ctx, *grads)
 
     return checked

@@ -68,6 +68,8 @@ def _selected_fake_(x: Tensor, base_out: Tensor | None, indices_A: Tensor, *rest
 
 
 class _Selected(torch.autograd.Function):
+    linear_in = 2
+
     @staticmethod
     def forward(ctx, x, base_out, indices_A, weights_A, indices_B, weights_B, vector_bank, dropout_p, seed):
         selection = (indices_A, weights_A, indices_B, weights_B)

@@ -65,6 +65,14 @@ def _unfit_device(device: torch.device) -> str | None:
     return f"the tensors are on {device.type}"
 
 
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The matmuls of the definition keep their own dtypes: autocast is for the base model."""
+    # The meta device has no autocast to ask about; torch 2.11 cannot compile torch.amp.is_autocast_available.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

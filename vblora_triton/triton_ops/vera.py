@@ -161,6 +161,8 @@ def _backward_fake(
 
 
 class _Linear(torch.autograd.Function):
+    linear_in = 2
+
     @staticmethod
     def forward(ctx, x, base_out, lambda_b, lambda_d, A, B, values, scale, dropout_p, seed):
         # x is not saved: its gradient needs only its shape, and no gradient needs more of it than its projection.

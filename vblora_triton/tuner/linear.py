@@ -20,6 +20,7 @@ def is_plain(*tensors: Tensor) -> bool:
             return False
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
