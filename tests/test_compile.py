@@ -60,6 +60,17 @@ def test_compiles_as_one_graph(backend, training, grad):
                 torch.testing.assert_close(model(x), compiled(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_is_traced_for_torchscript_and_saved(backend, grad, tmp_path):
+    model = block(backend).cpu().eval()
+    with torch.set_grad_enabled(grad):
+        torch.jit.trace(model, (torch.randn(20, 32),), check_trace=False).save(str(tmp_path / "model.pt"))
+        x = torch.randn(7, 32)
+        torch.testing.assert_close(torch.jit.load(str(tmp_path / "model.pt"))(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_compiles_as_one_graph_with_its_rate(backend):
     torch._dynamo.reset()
