@@ -61,15 +61,15 @@ report: $(INSTALLED)
 	$(PY) -m bench.report
 
 kernels-report: $(VENV)/.installed
-	$(PY) -m bench.kernels_report
+	$(PY) -m tools.kernels_report
 
 # Goes on where an earlier run stopped: `make clean`, or --fresh, forgets it.
 peft-suite: $(VENV)/.installed
-	$(PY) -m bench.peft_suite --out build/peft-suite
+	$(PY) -m tools.peft_suite --out build/peft-suite
 
 # On another interpreter than .venv's nothing is installed: make gpu PY=python3
 gpu:
-	PYTHONPATH=. $(PY) -m bench.gpu --out $(OUT)
+	PYTHONPATH=. $(PY) -m tools.gpu --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build

@@ -21,9 +21,9 @@ import torch
 
 from bench import cpu
 from bench.cases import SUITES, Case, full, quick, tiny
+from bench.device import Cpu, Cuda, Machine
 from bench.environment import environment
 from bench.floors import H200, Rates, table
-from bench.machine import Cpu, Cuda, Machine
 from bench.providers import PROVIDERS, Provider
 from bench.records import Record, Results, check_writable, problems
 from bench.runner import Effort

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bench.cases import SUITES, Case, on_cpu, tiny
 from bench.correctness import errors, limits, truth_of, verdict
+from bench.device import Call, Cpu
 from bench.floors import Rates
-from bench.machine import Call, Cpu
 from bench.providers import BASE, EAGER_PEFT, PATCHED_PEFT, PROVIDERS, Adapt, Provider, UnavailableError, ours
 from bench.records import Record
 from bench.runner import Effort

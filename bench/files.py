@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench import correctness
 from bench.cases import MODELS, Case
-from bench.machine import Machine
+from bench.device import Machine
 from bench.providers import UnavailableError, lora, ours, peft_config
 from bench.records import Record
 from bench.runner import Effort, blank, paired_ratio, quantile

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench.cases import Case
-from bench.machine import Machine
+from bench.device import Machine
 from bench.workloads import draw_adapter
 
 # The linears of the suite `layer` that are also measured compiled.

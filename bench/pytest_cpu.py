@@ -14,8 +14,8 @@ from pathlib import Path
 
 from bench.cases import DIRECTIONS, Case, on_cpu
 from bench.cpu import COMPARED
+from bench.device import Cpu
 from bench.files import forms, open_form
-from bench.machine import Cpu
 from bench.providers import Provider, UnavailableError
 from bench.workloads import Workload, make_base
 

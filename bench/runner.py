@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bench import correctness
 from bench.cases import Case
+from bench.device import Call, Machine
 from bench.floors import Floor, Rates, must_take
-from bench.machine import Call, Machine
 from bench.providers import BASE, EAGER_PEFT, PROVIDERS, REFERENCE, Provider, UnavailableError, ready
 from bench.records import Record
 from bench.workloads import DTYPES, Workload, sharing_copy

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from bench.cases import DIRECTIONS, Case
+from bench.device import Machine
 from bench.files import FileMeasurement
 from bench.floors import Rates
-from bench.machine import Machine
 from bench.providers import PROVIDERS, Provider
 from bench.records import Record
 from bench.runner import Effort, Measurement, blank

@@ -72,7 +72,7 @@ FEW_ROWS = 16
 def select_tiles(H: int, topk: int, r: int) -> dict[str, int]:
     """Selection inside a product, for the r rows of one tile."""
     rows = power_of_2(r)
-    # In one block where it fits, else in small ones: between the two ptxas spills (bench.kernels_report).
+    # In one block where it fits, else in small ones: between the two ptxas spills (tools.kernels_report).
     one_block = power_of_2(H) * max(rows, power_of_2(topk)) <= 1024
     block_h = power_of_2(H) if one_block else max(16, 512 // max(rows, power_of_2(topk)))
     return {"K_PAD": power_of_2(topk), "R_SELECT": rows, "ONE_BLOCK": one_block, "BLOCK_H": block_h}
@@ -81,7 +81,7 @@ def select_tiles(H: int, topk: int, r: int) -> dict[str, int]:
 def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
     """Rows, launch options and columns of the tile of an activation that one step of a product works on.
 
-    As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m bench.kernels_report).
+    As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m tools.kernels_report).
     """
     if dtype == torch.float32:
         rows, columns, warps, stages = 32, 64, 8, 2
@@ -188,7 +188,7 @@ def rank_terms(M: int, dtype: torch.dtype, wide: bool) -> dict[str, int]:
 def product(M: int, N: int, terms: dict[str, int], planes: bool = False, drops: bool = False) -> dict[str, int]:
     """Tile of a product's result, and how deep one step is.
 
-    As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m bench.kernels_report).
+    As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m tools.kernels_report).
 
     Args:
         planes: X is added up from planes. drops: dropout of X or of the result.

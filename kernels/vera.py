@@ -15,7 +15,7 @@ from torch import Tensor
 from . import tuning
 from .launch import launch
 from .parameters import launch_sum_planes
-from .product import accumulate, launch_product, load_planes
+from .scaled_matmul import accumulate, launch_product, load_planes
 from .shrink import Dropout
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.linear_case import LinearCase, in_float64
+from tests.ops.linear_case import LinearCase, in_float64
+from tests.ops.vera_case import VeraCase
 from tests.tolerance import assert_as_exact_as_eager
-from tests.vera_case import VeraCase
-from vblora_triton import ops, reference
+from vblora_triton import ops
+from vblora_triton.ops import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

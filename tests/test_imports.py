@@ -14,23 +14,9 @@ STDLIB = set(sys.stdlib_module_names)
 # imports resolved; the standard library is always allowed.
 RULES = [
     ("kernels/", {"torch", "triton", "numpy", "vblora_triton.kernels"}),
-    ("vblora_triton/reference.py", {"torch"}),
+    ("vblora_triton/ops/reference.py", {"torch"}),
+    ("vblora_triton/ops/", {"torch", "vblora_triton.kernels", "vblora_triton.ops"}),
     ("vblora_triton/**/config.py", {"vblora_triton.tuner.config", "vblora_triton.hub"}),
-    ("vblora_triton/checks.py", {"torch"}),
-    ("vblora_triton/triton_ops/", {"torch", "vblora_triton.kernels", "vblora_triton.triton_ops"}),
-    ("vblora_triton/products.py", {"torch"}),
-    (
-        "vblora_triton/eager.py",
-        {"torch", *(f"vblora_triton.{name}" for name in ("products", "reference", "triton_ops"))},
-    ),
-    ("vblora_triton/dispatch.py", {"torch", "vblora_triton.checks", "vblora_triton.eager", "vblora_triton.triton_ops"}),
-    (
-        "vblora_triton/ops/",
-        {
-            "torch",
-            *(f"vblora_triton.{name}" for name in ("ops", "dispatch", "checks", "eager", "reference", "triton_ops")),
-        },
-    ),
 ]
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from vblora_triton.dispatch import use_backend
     from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
+    from vblora_triton.ops.dispatch import use_backend
     from vblora_triton.optim import parameter_groups
     from vblora_triton.peft_model import PeftModel, get_peft_model
     from vblora_triton.status import get_layer_status, get_model_status
@@ -72,7 +72,7 @@ __all__ = [
 
 # Imported when first asked for: they need torch and transformers, which take seconds.
 _HOMES = {
-    "use_backend": "dispatch",
+    "use_backend": "ops.dispatch",
     "PeftModel": "peft_model",
     "get_layer_status": "status",
     "get_model_status": "status",

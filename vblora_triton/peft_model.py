@@ -16,10 +16,10 @@ from vblora_triton import card, checkpoint, hub, status
 from vblora_triton.integrations.transformers import SeenAsPefts, accept_in_trainer
 from vblora_triton.methods import tuner_class
 from vblora_triton.tuner.config import PeftConfig, TaskType
+from vblora_triton.tuner.injection import has_adapters
 from vblora_triton.tuner.layer import check_adapter_name
 from vblora_triton.tuner.merging import strip_model
 from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.tuner.plan import has_adapters
 
 
 def task_class_for(config: PeftConfig, default: type[PeftModel]) -> type[PeftModel]:

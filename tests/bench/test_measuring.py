@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 import vblora_triton
 from bench import cpu, pytest_cpu
 from bench.cases import DIRECTIONS, SUITES, Case, full, tiny
+from bench.device import Cpu, Cuda
 from bench.floors import H200
-from bench.machine import Cpu, Cuda
 from bench.providers import PROVIDERS, Provider, by_peft, ours
 from bench.records import Record
 from bench.runner import Effort, Measurement, interleaved, paired_ratio, quantile

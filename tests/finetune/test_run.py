@@ -162,7 +162,7 @@ def test_triton_backend_under_the_interpreter_gives_the_references_loss(model_di
     common = ["--model", model_dir, "--data", tmp_path / "text", *few, *ADAPTER, *RATES]
     assert finetune("--output", tmp_path / "reference", *common, "--backend", "reference") == 0
     # What the report says ran is what ran: the other one could not have.
-    monkeypatch.delattr("vblora_triton.reference.vblora_linear")
+    monkeypatch.delattr("vblora_triton.ops.reference.vblora_linear")
     assert finetune("--output", tmp_path / "triton", *common, "--backend", "triton") == 0
     (report, _), (reference, _) = comparable(tmp_path / "triton"), comparable(tmp_path / "reference")
     assert (report["backend"], reference["backend"]) == ("triton", "reference")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.finetune.case import REPORT_KEYS, SEQ_LEN, TINY, finetune, save_model, save_texts
 from vblora_triton.finetune.method import METHODS
-from vblora_triton.finetune.plan import Options, check
+from vblora_triton.finetune.options import Options, check
 
 R, KEY, SMALL = 8, 5, "adapter-without-projections"
 

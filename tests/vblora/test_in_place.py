@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from vblora_triton import ops
+from vblora_triton.vblora.files import TopkLogits
 from vblora_triton.vblora.layer import Linear
-from vblora_triton.vblora.topk import TopkLogits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from vblora_triton import reference, use_backend
+from vblora_triton import use_backend
+from vblora_triton.ops import reference
 from vblora_triton.vblora.layer import Linear
 
 

@@ -1,7 +1,7 @@
 """The main job: fine-tune a causal language model with an adapter, save, reload and merge it, and report."""
 
 from vblora_triton.finetune.data import InputError
-from vblora_triton.finetune.plan import Options
+from vblora_triton.finetune.options import Options
 from vblora_triton.finetune.run import finetune
 
 __all__ = ["InputError", "Options", "finetune"]

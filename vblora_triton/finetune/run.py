@@ -18,7 +18,7 @@ from vblora_triton.finetune import base as bases
 from vblora_triton.finetune import output as outputs
 from vblora_triton.finetune import report as reports
 from vblora_triton.finetune.data import InputError
-from vblora_triton.finetune.plan import Options, Plan, check
+from vblora_triton.finetune.options import Options, Plan, check
 from vblora_triton.finetune.training import held_out_loss, logits, step_milliseconds, train
 from vblora_triton.ops import use_backend
 from vblora_triton.optim import parameter_groups

@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
-from vblora_triton.dispatch import check_backend
 from vblora_triton.integrations.peft_layers import LayerKind, layer_kinds, topk_refusal
+from vblora_triton.ops.dispatch import check_backend
 
 # What takes the place of a layer's `forward`: for a class, or for single layers, so that taking back the one leaves
 # the other. The keys are (class, what for, backend); the same arguments give the same function.

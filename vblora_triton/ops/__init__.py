@@ -1,6 +1,7 @@
 """The public functions: they check their arguments, choose a backend, and call the kernels or plain PyTorch."""
 
-from vblora_triton.dispatch import use_backend
+from vblora_triton.ops import triton_compose as _triton_compose  # noqa: F401
+from vblora_triton.ops.dispatch import use_backend
 from vblora_triton.ops.vblora import (
     Selection,
     compose,

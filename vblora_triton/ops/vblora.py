@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vblora_triton import eager, reference
-from vblora_triton.checks import (
+from vblora_triton.ops import cpu, reference, triton_selected, triton_vblora
+from vblora_triton.ops.checks import (
     check_bank,
     check_linear,
     check_selected,
@@ -14,9 +14,8 @@ from vblora_triton.checks import (
     check_topk,
     dropout_in_force,
 )
-from vblora_triton.dispatch import choose, seed_for, writes_in_place
-from vblora_triton.triton_ops import linear, selected
-from vblora_triton.triton_ops.support import no_autocast, vblora_sizes
+from vblora_triton.ops.dispatch import choose, seed_for, writes_in_place
+from vblora_triton.ops.support import no_autocast, vblora_sizes
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "auto") -> Tensor:
@@ -95,7 +94,7 @@ def vblora_linear(
     if chosen != "triton":
         with no_autocast(x.device.type):
             if chosen == "eager" and p == 0 and x.shape[-1]:
-                return eager.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk)
+                return cpu.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk)
             return reference.vblora_linear(
                 x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training
             )
@@ -136,14 +135,14 @@ def vblora_linear_(
     if chosen != "triton":
         with no_autocast(x.device.type):
             if chosen == "eager" and p == 0 and x.shape[-1]:
-                return eager.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk, in_place=True)
+                return cpu.vblora_linear(x, base_out, logits_A, logits_B, vector_bank, topk, in_place=True)
             # In the wide dtype, so that there is one rounding: that of the sum.
             x = x.to(torch.promote_types(x.dtype, vector_bank.dtype))
             update = reference.vblora_linear(
                 x, None, logits_A, logits_B, vector_bank, topk, dropout_p=p, training=training
             )
         return base_out.add_(update)
-    return linear.linear_(x, base_out, logits_A, logits_B, vector_bank, topk, p, seed_for(p, x))
+    return triton_vblora.linear_(x, base_out, logits_A, logits_B, vector_bank, topk, p, seed_for(p, x))
 
 
 class Selection(NamedTuple):
@@ -222,7 +221,7 @@ def vblora_linear_selected(
     if chosen != "triton":
         with no_autocast(x.device.type):
             if _eagerly(chosen, p, x, base_out, vector_bank):
-                return eager.vblora_linear_selected(x, base_out, *selection, vector_bank)
+                return cpu.vblora_linear_selected(x, base_out, *selection, vector_bank)
             return reference.vblora_linear_selected(
                 x, base_out, *selection, vector_bank, dropout_p=p, training=training
             )
@@ -257,12 +256,12 @@ def vblora_linear_selected_(
     if chosen != "triton":
         with no_autocast(x.device.type):
             if _eagerly(chosen, p, x, base_out, vector_bank):
-                return eager.vblora_linear_selected(x, base_out, *selection, vector_bank, in_place=True)
+                return cpu.vblora_linear_selected(x, base_out, *selection, vector_bank, in_place=True)
             # In the wide dtype, so that there is one rounding: that of the sum.
             x = x.to(torch.promote_types(x.dtype, vector_bank.dtype))
             update = reference.vblora_linear_selected(x, None, *selection, vector_bank, dropout_p=p, training=training)
         return base_out.add_(update)
-    return selected.linear_selected_(x, base_out, *selection, vector_bank, p, seed_for(p, x))
+    return triton_selected.linear_selected_(x, base_out, *selection, vector_bank, p, seed_for(p, x))
 
 
 def _selected_backend(

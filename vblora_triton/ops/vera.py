@@ -5,17 +5,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vblora_triton import eager, reference
-from vblora_triton.checks import (
+from vblora_triton.ops import cpu, reference, triton_vera
+from vblora_triton.ops.checks import (
     check_projected,
     check_projection,
     check_tensors,
     check_vera,
     dropout_in_force,
 )
-from vblora_triton.dispatch import choose, seed_for, writes_in_place
-from vblora_triton.triton_ops import vera
-from vblora_triton.triton_ops.support import no_autocast, vera_sizes
+from vblora_triton.ops.dispatch import choose, seed_for, writes_in_place
+from vblora_triton.ops.support import no_autocast, vera_sizes
 
 
 class Projection(NamedTuple):
@@ -101,7 +100,7 @@ def vera_linear(
     if chosen != "triton":
         with no_autocast(x.device.type):
             if chosen == "eager" and p == 0 and x.shape[-1]:
-                return eager.vera_linear(x, base_out, lambda_b, lambda_d, A, B)
+                return cpu.vera_linear(x, base_out, lambda_b, lambda_d, A, B)
             return reference.vera_linear(x, base_out, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
     given = _projected(x, A, base_out, p, projection)
     return torch.ops.vblora_triton.vera_linear(x, base_out, lambda_b, lambda_d, A, B, *given)
@@ -135,13 +134,13 @@ def vera_linear_(
     if chosen != "triton":
         with no_autocast(x.device.type):
             if chosen == "eager" and p == 0 and x.shape[-1]:
-                return eager.vera_linear(x, base_out, lambda_b, lambda_d, A, B, in_place=True)
+                return cpu.vera_linear(x, base_out, lambda_b, lambda_d, A, B, in_place=True)
             # In the wide dtype, so that there is one rounding: that of the sum.
-            x = x.to(eager.widest(x, A, lambda_d, lambda_b))
+            x = x.to(cpu.widest(x, A, lambda_d, lambda_b))
             update = reference.vera_linear(x, None, lambda_b, lambda_d, A, B, dropout_p=p, training=training)
         return base_out.add_(update)
     given = _projected(x, A, base_out, p, projection)
-    return vera.linear_(x, base_out, lambda_b, lambda_d, A, B, *given)
+    return triton_vera.linear_(x, base_out, lambda_b, lambda_d, A, B, *given)
 
 
 def _vera_backend(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton.tuner.config import PeftConfig
+from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan
 from vblora_triton.tuner.keys import adapter_keys, buffers_outside, live_bias_name
 from vblora_triton.tuner.layer import MergingLayer, ModulesToSaveWrapper, as_names, check_adapter_name
 from vblora_triton.tuner.merging import merge_layers, unload_model, unmerge_layers
-from vblora_triton.tuner.plan import InjectionPlan, check_plain, make_plan
 from vblora_triton.tuner.savable import SavableCounts
 
 

@@ -11,8 +11,8 @@ from vblora_triton import ops
 from vblora_triton.tuner.config import check_float, check_int
 from vblora_triton.tuner.layer import MergingLayer
 from vblora_triton.tuner.linear import AdaptedLinear, may_write
+from vblora_triton.vblora.files import TopkLogits
 from vblora_triton.vblora.selection import SelectionCache
-from vblora_triton.vblora.topk import TopkLogits
 
 
 def logits_shapes(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from vblora_triton.tuner.injection import InjectionPlan, UnsupportedTargetError
 from vblora_triton.tuner.layer import linear_features
 from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.tuner.plan import InjectionPlan, UnsupportedTargetError
 from vblora_triton.tuner.targets import LORA_TARGETS
 from vblora_triton.vblora.config import VBLoRAConfig
+from vblora_triton.vblora.files import TopkLogits, decode_topk, encode_topk, index_dtype, topk_problem
 from vblora_triton.vblora.layer import Linear, VBLoRALayer, logits_shapes
-from vblora_triton.vblora.topk import TopkLogits, decode_topk, encode_topk, index_dtype, topk_problem
 
 BANK_KEY = "base_model.vblora_vector_bank"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"

@@ -13,8 +13,8 @@ from vblora_triton.tuner.config import check_int
 from vblora_triton.tuner.layer import MergingLayer
 from vblora_triton.tuner.linear import AdaptedLinear, may_write
 from vblora_triton.vera.config import VeraConfig
+from vblora_triton.vera.input_cache import shared_projection
 from vblora_triton.vera.projection import ProjectionDict
-from vblora_triton.vera.sharing import shared_projection
 
 
 class VeraLayer(MergingLayer):

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vblora_triton.tuner.injection import InjectionPlan, UnsupportedTargetError
 from vblora_triton.tuner.layer import linear_features
 from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.tuner.plan import InjectionPlan, UnsupportedTargetError
 from vblora_triton.tuner.targets import LORA_TARGETS, find_targets
 from vblora_triton.vera.config import VeraConfig
+from vblora_triton.vera.input_cache import shared_projections
 from vblora_triton.vera.layer import Linear, VeraLayer
 from vblora_triton.vera.projection import ProjectionDict, draw_projections
-from vblora_triton.vera.sharing import shared_projections
 
 A_KEY, B_KEY = PROJECTION_KEYS = "base_model.vera_A", "base_model.vera_B"
 

@@ -1,0 +1,153 @@
+"""Compile the kernels ahead of time for every chip and print what they use: `make kernels-report`; needs no GPU."""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+
+import torch
+
+from bench.cases import LINEARS
+from tools.aot import SHARED_LIMIT, TARGETS, compiling, sass
+from vblora_triton.ops import triton_compose as compose
+from vblora_triton.ops import triton_selected as selected
+from vblora_triton.ops import triton_vblora as linear
+from vblora_triton.ops import triton_vera as vera
+
+# (in, out) of the linears that ship: Llama-2-7B's, and of Llama-3-70B those of other shapes.
+SHAPES = {name: shape for name, shape in LINEARS.items() if name.startswith("llama")}
+TOKENS = (1, 256, 4096, 16384)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def launch_all(
+    K: int, N: int, M: int, h: int, dtype: torch.dtype, *, r: int = 4, b: int = 256, k: int = 2, p: float = 0.0
+):
+    """Forward and backward of one adapted linear, and a composition, on meta tensors: every launch that ships."""
+    meta = {"device": "meta"}
+    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
+    logits_A, logits_B = torch.empty(r, K // b, h, **meta), torch.empty(N // b, r, h, **meta)
+    bank = torch.empty(h, b, **meta)
+    seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
+    y, s, *selection = linear._linear_fwd(x, base, logits_A, logits_B, bank, k, p, seed)
+    selected._selected_fwd(x, base, *selection, bank, p, seed)
+    linear._backward(y, x, s, *selection, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
+    compose._forward(logits_A, bank, k)
+
+
+def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0):
+    """Forward and backward of one linear adapted by VeRA, on meta tensors: every launch that ships."""
+    meta = {"device": "meta"}
+    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
+    lambda_b, lambda_d, A, B = (torch.empty(shape, **meta) for shape in ((N,), (r,), (r, K), (N, r)))
+    seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
+    projection = vera._project(x, A, dtype == torch.float32, p, seed)
+    y = vera._linear_fwd(x, base, lambda_b, lambda_d, A, B, *projection, p, seed)
+    vera._backward(y, lambda_b, lambda_d, A, B, *projection, list(x.shape), dtype, p, seed, [True] * 3)
+
+
+# Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.
+ODD = (
+    {"shape": "ones", "K": 8, "N": 8, "M": 1, "h": 1, "b": 8, "r": 1, "k": 1, "dtype": "bf16"},
+    {"shape": "odd", "K": 96, "N": 144, "M": 17, "h": 60, "b": 48, "r": 5, "k": 3, "dtype": "fp32"},
+    {"shape": "odd", "K": 96, "N": 144, "M": 130, "h": 5000, "b": 48, "r": 3, "k": 20, "dtype": "fp16"},
+)
+
+
+def cases(names: list[str]) -> Iterator[dict]:
+    """Of each shape every class of M at both sizes of bank; of the first one also the other dtypes, r and dropout."""
+    yield from ODD
+    for name in names:
+        K, N = SHAPES[name]
+        for M in TOKENS:
+            for h in (256, 2048):
+                yield {"shape": name, "K": K, "N": N, "M": M, "h": h, "dtype": "bf16"}
+    yield {"method": "vera", "shape": "odd", "K": 97, "N": 143, "M": 131, "r": 20, "dtype": "bf16"}
+    for name in names:
+        K, N = SHAPES[name]
+        for M in TOKENS:
+            yield {"method": "vera", "shape": name, "K": K, "N": N, "M": M, "dtype": "bf16"}
+    K, N = SHAPES[names[0]]
+    for change in ({"dtype": "fp16"}, {"dtype": "fp32"}, {"p": 0.1}, {"r": 1024}, {"r": 16}):
+        yield {"method": "vera", "shape": names[0], "K": K, "N": N, "M": 4096, "dtype": "bf16"} | change
+    for change in (
+        {"dtype": "fp16"},
+        {"dtype": "fp32"},
+        {"r": 8},
+        {"r": 16},
+        {"r": 64},
+        {"p": 0.1},
+        {"b": 64},
+        {"k": 4},
+    ):
+        yield {"shape": names[0], "K": K, "N": N, "M": 4096, "h": 256, "dtype": "bf16"} | change
+
+
+def activation_offsets(ttir: str, dtype: str, bits: int) -> int:
+    """Count the tensors of pointers to 16-bit elements, which only activations have, that offsets of `bits` make."""
+    pointer = {"bf16": "bf16", "fp16": "f16"}.get(dtype)
+    # `%p = tt.addptr %base, %offset : tensor<64x128x!tt.ptr<bf16>>, tensor<64x128xi32>`
+    return len(re.findall(rf"tt\.addptr .*!tt\.ptr<{pointer}>>, tensor<[\dx]*xi{bits}>", ttir)) if pointer else 0
+
+
+def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
+    """One row for each kernel, chip and distinct set of compile-time choices."""
+    rows: list[dict] = []
+    seen: set[int] = set()
+    for target in targets:
+        for case in cases(names):
+            arguments = {key: value for key, value in case.items() if key not in ("method", "shape", "dtype")}
+            launch = launch_all_vera if case.get("method") == "vera" else launch_all
+            with compiling(target) as compiled:
+                launch(**arguments, dtype=DTYPES[case["dtype"]])
+            for kernel in compiled:
+                # Equal choices give the very same object.
+                if id(kernel) in seen:
+                    continue
+                seen.add(id(kernel))
+                row = {"kernel": kernel.kernel, "target": target, **case}
+                row |= {"registers": kernel.registers, "shared": kernel.shared, "spills": kernel.spills}
+                row |= {"shared_limit": SHARED_LIMIT[target]}
+                row |= {
+                    key: value
+                    for key, value in kernel.arguments.items()
+                    if key.startswith("BLOCK") or key == "num_warps"
+                }
+                for bits in (32, 64):
+                    row[f"offsets_{bits}"] = activation_offsets(kernel.ttir, case["dtype"], bits)
+                if with_sass and target.startswith("sm") and case["M"] == 4096:
+                    code = sass(kernel)
+                    row |= {
+                        "wide_loads": len(re.findall(r"LDG(?:STS)?\.E[.\w]*\.128", code)),
+                        "narrow_loads": len(re.findall(r"LDG\.E\.U16", code)),
+                        "hgmma": code.count("HGMMA"),
+                    }
+                rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.kernels_report", description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--sass", action="store_true", help="disassemble, and count wide loads and matrix instructions")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    options = parser.parse_args()
+    rows = report(options.targets, options.shapes, options.sass)
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'kernel':26} {'chip':7} {'case':50} {'tiles':42} {'regs':>4} {'shared':>7} {'spills':>6}")
+    for row in rows:
+        extra = "".join(f" {key}{row[key]}" for key in ("r", "p", "b", "k") if key in row)
+        bank = f" h{row['h']}" if "h" in row else ""
+        case = f"{row.get('method', 'vblora')} {row['shape']} M{row['M']}{bank} {row['dtype']}{extra}"
+        tiles = " ".join(f"{key.removeprefix('BLOCK_')}{row[key]}" for key in row if key.startswith("BLOCK"))
+        print(
+            f"{row['kernel'].strip('_'):26} {row['target']:7} {case:50} {tiles:42} "
+            f"{row['registers']:4} {row['shared']:7} {row['spills']:6}"
+        )
+
+
+if __name__ == "__main__":
+    main()

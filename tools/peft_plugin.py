@@ -1,0 +1,131 @@
+"""A pytest plugin: PEFT's own tests of VB-LoRA and VeRA, with PEFT's layers or with ours, one line of JSON for each.
+
+    pytest -p tools.peft_plugin --record FILE [--patched] [--no-hub] tests
+
+What FILE has the outcome of is not run again, and a test that ended its process counts as "stopped".
+"""
+
+import functools
+import inspect
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A test's name, or the source of one that is run once: VB-LoRA and VeRA, and neither PVeRA nor "several".
+WANTED = re.compile(r"VB-?LoRA|(?<![a-zA-Z])vblora|(?<![a-zA-Z])(VeRA|VERA|Vera(?![a-z])|vera(?![a-z]))")
+OFFLINE = re.compile(
+    r"OfflineModeIsEnabled|LocalEntryNotFound|ConnectionError|ConnectError|couldn't connect to|outgoing traffic"
+    r"|offline mode|Cannot find the requested files in the|not the path to a directory containing a file"
+)
+OPS = {"vblora": ("vblora_linear", "vblora_linear_"), "vera": ("vera_linear", "vera_linear_")}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, required=True, help="the file of outcomes")
+    parser.addoption("--no-hub", action="store_true", help="let every request to the Hub fail, at once")
+    parser.addoption("--patched", action="store_true", help="run PEFT's layers with vblora_triton's ops")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    calls: Counter[str] = Counter()
+    if config.getoption("--no-hub"):
+        _refuse_requests()
+    if config.getoption("--patched"):
+        from vblora_triton import ops, patch_peft
+
+        for method, names in OPS.items():
+            for name in names:
+                setattr(ops, name, _counting(getattr(ops, name), method, calls))
+        patch_peft(backend="reference")
+    config.pluginmanager.register(Recorder(config.getoption("--record"), calls))
+
+
+def _refuse_requests() -> None:
+    # PEFT's tests take HF_HUB_OFFLINE back, and where there is no network each request is tried for most of a minute.
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
+
+    def refuse(request: Any) -> None:
+        raise OfflineModeIsEnabled(f"{request.url} was not asked: --online lets PEFT's tests reach the Hub.")
+
+    client = type(get_session())
+    set_client_factory(lambda: client(event_hooks={"request": [refuse]}))
+
+
+def _counting(op: Any, method: str, calls: Counter[str]) -> Any:
+    @functools.wraps(op)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[method] += 1
+        return op(*args, **kwargs)
+
+    return counted
+
+
+def read_record(path: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each test in a file of outcomes; one that only started has "stopped"."""
+    if not path.exists():
+        return {}
+    # The last line may be cut off where the process was killed.
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return {entry["id"]: entry for entry in map(json.loads, lines)}
+
+
+class Recorder:
+    """Chooses the tests, and writes down what became of each."""
+
+    def __init__(self, path: Path, calls: Counter[str]) -> None:
+        self.path, self.calls = path, calls
+        self.known = read_record(path)
+        self.entry: dict[str, Any] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        dropped = [item for item in items if item.nodeid in self.known or not is_wanted(item)]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            outcome = "hub" if OFFLINE.search(report.longreprtext) else "not collected"
+            self._write({"id": report.nodeid, "outcome": outcome, "why": _last_line(report)})
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.calls.clear()
+        self.entry = {"id": nodeid, "outcome": "passed", "why": "", "started": time.time()}
+        self._write({**self.entry, "outcome": "stopped", "why": "it ended the process, or took too long"})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and self.entry["outcome"] == "passed":
+            self.entry |= {"outcome": "skipped", "why": _last_line(report)}
+        elif report.failed and self.entry["outcome"] != "failed":
+            outcome = "hub" if OFFLINE.search(report.longreprtext) else "failed"
+            self.entry |= {"outcome": outcome, "why": _last_line(report)}
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._write(self.entry | {"calls": dict(self.calls), "seconds": time.time() - self.entry["started"]})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def is_wanted(item: pytest.Item) -> bool:
+    """Say whether a test is one of VB-LoRA's or VeRA's."""
+    if WANTED.search(item.nodeid.replace("test_vblora.py", "VBLoRA").replace("test_vera.py", "VeRA")):
+        return True
+    # A parametrized test's source names every method there is.
+    function = getattr(item, "function", None)
+    return function is not None and not hasattr(item, "callspec") and bool(WANTED.search(inspect.getsource(function)))
+
+
+def _last_line(report: pytest.TestReport | pytest.CollectReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    lines = [line[2:].strip() for line in report.longreprtext.splitlines() if line.startswith("E  ")]
+    return (lines or report.longreprtext.splitlines() or [""])[0][:300]

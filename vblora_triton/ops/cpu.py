@@ -1,0 +1,233 @@
+"""Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
+
+VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps its projection p
+alone, and multiplies by B again. `reference` says what is computed, and takes over where these cannot go: under
+compilers and transforms, for second derivatives, and with dropout.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vblora_triton.ops import reference
+from vblora_triton.ops.products import product
+from vblora_triton.ops.register import first_derivative_only
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def fits(x: Tensor) -> bool:
+    """Say whether x is on the CPU, and nobody traces or compiles what is done to it: all that is served here."""
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """`reference.select` without sorting, but where a tie or a NaN among the first topk + 1 needs it."""
+    values, indices = logits.topk(min(topk + 1, logits.shape[-1]), dim=-1)
+    if not (values[..., 1:] < values[..., :-1]).all():
+        indices, weights = reference.select(logits, topk)
+        return indices.contiguous(), weights
+    return indices[..., :topk].contiguous(), values[..., :topk].softmax(-1)
+
+
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype that all of these are promoted to."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _add(x: Tensor, base: Tensor | None, update: Tensor, in_place: bool) -> Tensor:
+    """base + update, rounded once to the dtype of base, or the update in that of x; into base where `in_place`."""
+    if base is None:
+        return update.to(x.dtype)
+    return base.add_(update) if in_place else (base + update).to(base.dtype)
+
+
+def vblora_linear(
+    x: Tensor,
+    base_out: Tensor | None,
+    logits_A: Tensor,
+    logits_B: Tensor,
+    vector_bank: Tensor,
+    topk: int,
+    in_place: bool = False,
+) -> Tensor:
+    """`reference.vblora_linear` without dropout; into base_out where `in_place`."""
+    if torch.is_grad_enabled():
+        return _VBLoRALinear.apply(x, base_out, logits_A, logits_B, vector_bank, topk, in_place)
+    vectors = _mixed(*select(_as_rows(logits_A, logits_B), topk), vector_bank)
+    return _updated(x, base_out, vectors, logits_A.shape, in_place)[0]
+
+
+@torch.no_grad()
+def vblora_linear_selected(
+    x: Tensor,
+    base_out: Tensor | None,
+    indices_A: Tensor,
+    weights_A: Tensor,
+    indices_B: Tensor,
+    weights_B: Tensor,
+    vector_bank: Tensor,
+    in_place: bool = False,
+) -> Tensor:
+    """`reference.vblora_linear_selected` without dropout and gradients; into base_out where `in_place`."""
+    vectors = _mixed(_as_rows(indices_A, indices_B), _as_rows(weights_A, weights_B), vector_bank)
+    return _updated(x, base_out, vectors, indices_A.shape, in_place)[0]
+
+
+def _as_rows(of_A: Tensor, of_B: Tensor) -> Tensor:
+    """(r, in/b, n) and (out/b, r, n) as one matrix of n columns."""
+    n = of_A.shape[-1]
+    return torch.cat([of_A.reshape(-1, n), of_B.reshape(-1, n)])
+
+
+def _split(vectors: Tensor, shape_A: torch.Size) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B^T, (r, out), from the bank's vectors mixed for `_as_rows`."""
+    r, b = shape_A[0], vectors.shape[1]
+    A, B = vectors.split([r * shape_A[1], len(vectors) - r * shape_A[1]])
+    return A.view(r, -1), B.view(-1, r, b).transpose(0, 1).reshape(r, -1)
+
+
+def _mixed(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    """`reference.compose_selected` for the rows of matrices, (rows, k)."""
+    dtype = torch.promote_types(weights.dtype, bank.dtype)
+    vectors = F.embedding(indices, bank).to(dtype)
+    return torch.bmm(weights.to(dtype).unsqueeze(1), vectors).squeeze(1).to(bank.dtype)
+
+
+def _updated(
+    x: Tensor, base_out: Tensor | None, vectors: Tensor, shape_A: torch.Size, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """base_out + s B^T, and s = x A^T, (M, r), in the wider dtype."""
+    A, B_t = _split(vectors, shape_A)
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
+    update = _shaped(product(s, B_t.T.to(dtype)), (*x.shape[:-1], B_t.shape[1]), dtype)
+    return _add(x, base_out, update, in_place), s
+
+
+class _VBLoRALinear(torch.autograd.Function):
+    linear_in = 2
+    # What is done to rows of A is done to those of B^T at once: on a CPU it is the number of small steps that costs.
+
+    @staticmethod
+    def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, topk, in_place):
+        indices, weights = select(_as_rows(logits_A, logits_B), topk)
+        vectors = _mixed(indices, weights, vector_bank)
+        if in_place:
+            ctx.mark_dirty(base_out)
+        y, s = _updated(x, base_out, vectors, logits_A.shape, in_place)
+        ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank)
+        ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
+        return y
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, dy):
+        x, s, indices, weights, vectors, bank = ctx.saved_tensors
+        need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
+        (shape_A, dtype_A), (shape_B, dtype_B) = ctx.like
+        A, B_t = _split(vectors, shape_A)
+        dy_rows = dy.reshape(len(s), B_t.shape[1]).to(s.dtype)
+        ds = dy_rows @ B_t.T.to(s.dtype)
+        dx = d_logits_A = d_logits_B = d_bank = None
+        if need_x:
+            dx = _shaped(product(ds, A.T.to(s.dtype)), x.shape, x.dtype)
+        if need_A or need_B or need_bank:
+            dA = product(ds.T, x.reshape(-1, x.shape[-1]).T.to(s.dtype))
+            dB = product(s.T, dy_rows.T).view(shape_A[0], -1, bank.shape[1]).transpose(0, 1)
+            d_vectors = torch.cat([d.reshape(-1, bank.shape[1]) for d in (dA, dB)]).to(bank.dtype)
+            d_selected, d_bank = _mixing_grads(d_vectors, indices, weights, bank)
+            rows = [shape_A[0] * shape_A[1], shape_B[0] * shape_B[1]]
+            (indices_A, indices_B), (of_A, of_B) = indices.split(rows), d_selected.split(rows)
+            d_logits_A = _scattered(indices_A, of_A.to(dtype_A), shape_A) if need_A else None
+            d_logits_B = _scattered(indices_B, of_B.to(dtype_B), shape_B) if need_B else None
+        return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank, None, None
+
+
+def _scattered(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Values, (rows, k), at their indices among zeros, in this shape of logits."""
+    zeros = values.new_zeros(shape)
+    zeros.view(-1, shape[-1]).scatter_(-1, indices, values)
+    return zeros
+
+
+def _mixing_grads(d_vectors: Tensor, indices: Tensor, weights: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the selected logits, (rows, k), and of the bank.
+
+    dlogits[index_k] = w_k (g_k - sum_j w_j g_j), g_k = d_vectors . bank[index_k];  dbank[index_k] += w_k d_vectors
+
+    Args:
+        d_vectors: (rows, b).
+        indices, weights: (rows, k).
+    """
+    d_mixed = d_vectors.unsqueeze(1).to(torch.promote_types(weights.dtype, bank.dtype))
+    d_weights = (d_mixed * F.embedding(indices, bank)).sum(-1).to(weights.dtype)
+    d_bank = (d_mixed * weights.unsqueeze(-1)).to(bank.dtype).reshape(-1, bank.shape[1])
+    return (
+        torch._softmax_backward_data(d_weights, weights, -1, weights.dtype),
+        d_bank.new_zeros(bank.shape).index_add_(0, indices.view(-1), d_bank),
+    )
+
+
+def _shaped(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows in this shape and dtype; no view, so that others can write to it."""
+    return (rows if rows.shape == shape else _unsafe_view(rows, shape)).to(dtype)
+
+
+def vera_linear(
+    x: Tensor,
+    base_out: Tensor | None,
+    lambda_b: Tensor,
+    lambda_d: Tensor,
+    A: Tensor,
+    B: Tensor,
+    in_place: bool = False,
+) -> Tensor:
+    """`reference.vera_linear` without dropout; into base_out where `in_place`."""
+    return _VeraLinear.apply(x, base_out, lambda_b, lambda_d, A, B, in_place)
+
+
+class _VeraLinear(torch.autograd.Function):
+    linear_in = 2
+
+    @staticmethod
+    def forward(ctx, x, base_out, lambda_b, lambda_d, A, B, in_place):
+        dtype = widest(x, A, lambda_d)
+        wide_A, wide_B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
+        p = product(x.reshape(-1, x.shape[-1]).to(dtype), wide_A)
+        ctx.save_for_backward(p, lambda_b, lambda_d, A, B)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        if in_place:
+            ctx.mark_dirty(base_out)
+        q = product(p * lambda_d, wide_B)
+        if in_place and base_out.dtype == dtype == lambda_b.dtype:
+            base_out.view(q.shape).addcmul_(q, lambda_b)
+            return base_out
+        update = lambda_b * q
+        return _add(x, base_out, _shaped(update, (*x.shape[:-1], q.shape[1]), update.dtype), in_place)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, dy):
+        p, lambda_b, lambda_d, A, B = ctx.saved_tensors
+        need_x, need_base, need_b, need_d = ctx.needs_input_grad[:4]
+        A, B = A[:, : ctx.x_shape[-1]].to(p.dtype), B[: lambda_b.shape[0]].to(p.dtype)
+        dy_rows = dy.reshape(-1, dy.shape[-1]).to(p.dtype)
+        dx = d_lambda_b = d_lambda_d = None
+        if need_b:
+            d_lambda_b = (product(p * lambda_d, B) * dy_rows).sum(0).to(lambda_b.dtype)
+        if need_x or need_d:
+            du = product(dy_rows, (lambda_b.to(p.dtype)[:, None] * B).T)
+            if need_d:
+                d_lambda_d = (du * p).sum(0).to(lambda_d.dtype)
+            if need_x:
+                dx = _shaped(product(du.mul_(lambda_d), A.T), ctx.x_shape, ctx.x_dtype)
+        return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None
