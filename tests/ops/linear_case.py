@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NAMES = ("x", "base_out", "logits_A", "logits_B", "vector_bank")
+NAMES = ("x", "base", "logits_A", "logits_B", "vector_bank")
 
 
 @dataclass
@@ -33,7 +33,7 @@ class LinearCase:
         return f"{size}-K{self.K}-N{self.N}-r{self.r}-h{self.h}-b{self.b}-k{self.k}-{dtypes}{extra}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Fresh leaf tensors, all with requires_grad, and "dy". base_out is absent where the case has none."""
+        """Fresh leaf tensors, all with requires_grad, and "dy". base is absent where the case has none."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -48,13 +48,13 @@ class LinearCase:
         }
         activations = {
             "x": laid_out(self.layout, normal, *batch, self.K),
-            "base_out": laid_out(self.layout, normal, *batch, self.N),
+            "base": laid_out(self.layout, normal, *batch, self.N),
         }
         dy = laid_out(self.layout, normal, *batch, self.N).to(self.device)
         tensors = {name: t.to(self.device, self.dtype) for name, t in activations.items()}
         tensors |= {name: t.to(self.device, self.parameter_dtype) for name, t in parameters.items()}
         if not self.base:
-            del tensors["base_out"]
+            del tensors["base"]
         return {name: t.requires_grad_() for name, t in tensors.items()} | {"dy": dy.to(self.dtype)}
 
     def run(self, function: Callable[..., Tensor], tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ ALL = [
 
 def in_place(function):
     # As a base layer makes it: neither a leaf nor an input of the call.
-    return lambda x, base_out, *rest, **options: function(x, base_out * 1, *rest, **options)
+    return lambda x, base, *rest, **options: function(x, base * 1, *rest, **options)
 
 
 @pytest.mark.parametrize(("function", "case"), ALL)
@@ -101,7 +101,7 @@ def test_vera_keeps_its_projection_alone_and_is_as_exact_without_some_gradients(
     case = VeraCase(M=64, K=256, N=512, r=32, device="cpu", dtype=dtype, parameter_dtype=widest)
     tensors = case.tensors()
     wide = in_float64(tensors)
-    names = ("x", "base_out", "lambda_d")
+    names = ("x", "base", "lambda_d")
 
     def results(function, tensors):
         tensors["lambda_b"].requires_grad_(False)
@@ -153,7 +153,7 @@ def test_a_backward_under_autocast_is_as_exact(method):
 def test_the_update_alone_may_be_written_to(method):
     case, function = CASES[method][0], getattr(ops, f"{method}_linear")
     tensors = case.tensors()
-    tensors["base_out"] = None
+    tensors["base"] = None
     inputs = arguments(tensors) if method == "vera" else [*(tensors[n] for n in NAMES), case.k]
     y = function(*inputs)
     assert torch.equal(y.detach() + 1, torch.add(y, 0).add_(1))
@@ -317,7 +317,7 @@ def test_in_place_refuses_before_writing_what_autograd_could_not_follow(method, 
     for target, error, message in (
         (base, ValueError, "is a leaf that requires a gradient"),
         (made, ValueError, "is a view"),
-        ((base * 1).unbind()[0], ValueError, "is a view|`base_out` has shape"),
+        ((base * 1).unbind()[0], ValueError, "is a view|`base` has shape"),
         (inference, ValueError, "was made in inference mode"),
         (None, TypeError, "must be a floating tensor, not None"),
     ):
@@ -340,7 +340,7 @@ def test_in_place_is_a_new_tensor_under_transforms(method, backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
-def test_no_input_features_leave_base_out_as_it_is(backend):
+def test_no_input_features_leave_base_as_it_is(backend):
     x, base = torch.randn(3, 0), torch.randn(3, 4)
     y = ops.vera_linear(x, base, torch.randn(4), torch.randn(2), torch.randn(2, 0), torch.randn(4, 2), backend=backend)
     assert torch.equal(y, base)

@@ -1,13 +1,13 @@
-"""`products.product`: right whoever computes it, and by oneDNN only where that is fast."""
+"""`cpu.product`: right whoever computes it, and by oneDNN only where that is fast."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tolerance import assert_as_exact_as_eager
-from vblora_triton.ops import products
+from vblora_triton.ops import cpu
 
-ONEDNN = products._linear is not None
+ONEDNN = cpu._onednn is not None
 
 
 def matrix(rows, columns, layout, dtype=torch.float32):
@@ -28,9 +28,9 @@ def operands(monkeypatch):
         given.append((left, right))
         return linear(left, right, *rest)
 
-    linear = products._linear
+    linear = cpu._onednn
     if ONEDNN:
-        monkeypatch.setattr(products, "_linear", remember)
+        monkeypatch.setattr(cpu, "_onednn", remember)
     return given
 
 
@@ -39,7 +39,7 @@ def operands(monkeypatch):
 @pytest.mark.parametrize("M", [64, 200])
 def test_every_layout_is_right_and_onednn_is_given_none_with_gaps(left, right, M, operands):
     a, b = matrix(M, 300, left), matrix(130, 300, right)
-    value = products.product(a, b)
+    value = cpu.product(a, b)
     assert_as_exact_as_eager(value, a @ b.T, a.double() @ b.double().T, torch.float32, "product")
     assert value.is_contiguous()
     assert len(operands) == (ONEDNN and left != "gaps" and (right != "gaps" or M == 200))
@@ -61,15 +61,15 @@ def test_every_layout_is_right_and_onednn_is_given_none_with_gaps(left, right, M
 def test_sizes_and_dtypes_that_gain_nothing_are_left_to_torch(sizes, dtype, operands):
     M, K, N = sizes
     a, b = matrix(M, K, "contiguous", dtype), matrix(N, K, "contiguous", dtype)
-    assert torch.equal(products.product(a, b), a @ b.T)
+    assert torch.equal(cpu.product(a, b), a @ b.T)
     assert operands == []
 
 
 def test_who_looks_on_or_has_switched_onednn_off_sees_torchs_own_product(operands):
     a, b = matrix(200, 300, "contiguous"), matrix(130, 300, "contiguous")
     with FlopCounterMode(display=False) as counter:
-        products.product(a, b)
+        cpu.product(a, b)
     assert counter.get_total_flops() == 2 * 200 * 300 * 130
     with torch.backends.mkldnn.flags(enabled=False):
-        products.product(a, b)
+        cpu.product(a, b)
     assert operands == []

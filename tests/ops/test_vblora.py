@@ -4,18 +4,20 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import vblora_triton
 from tests.ops.linear_case import LinearCase, in_float64
 from tests.tolerance import assert_as_exact_as_eager, relative_error
 from vblora_triton import ops
-from vblora_triton.ops import cpu, reference
+from vblora_triton.kernels.launch import counted
+from vblora_triton.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Every value of M 0, 1, 17, 130; r 1, 4, 5; h 3, 60, 256, 300; b 8, 48, 256; k 1, 2, 3, h; ranks of x from 1 to 4;
-# each layout; with and without base_out. The interpreter is slow: no more products of them than needed.
+# each layout; with and without base. The interpreter is slow: no more products of them than needed.
 CASES = [
     {"M": 0, "K": 96, "N": 144, "r": 4, "h": 60, "b": 48, "k": 2},
     {"M": 1, "K": 16, "N": 24, "r": 1, "h": 3, "b": 8, "k": 3, "base": False},
@@ -81,28 +83,32 @@ def test_update_alone_is_exact_to_1e_5(r, M):
     # Kept in float32, as an update in bf16 would be rounded to 8 bits whatever computed it.
     case = LinearCase(M=M, K=192, N=144, r=r, dtype=torch.bfloat16, seed=r)
     tensors = case.tensors()
-    tensors["base_out"] = torch.zeros_like(tensors["base_out"], dtype=torch.float32)
+    tensors["base"] = torch.zeros_like(tensors["base"], dtype=torch.float32)
     x, base, *parameters, _ = tensors.values()
     truth = reference.vblora_linear(x.double(), None, *(t.double() for t in parameters), case.k)
     assert relative_error(ops.vblora_linear(x, base, *parameters, case.k, backend="triton"), truth) < 1e-5
 
 
-def test_the_operator_that_writes_in_place_passes_opcheck():
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+def test_where_somebody_looks_on_the_base_is_not_written_to(backend):
     tensors = [t.detach() for t in LinearCase(M=20, K=16, N=24, b=8, h=5).tensors().values()]
-    x, base, logits_A, logits_B, bank, _ = tensors
-    arguments = (x, base, logits_A, logits_B, bank, 2, 0.0, None)
-    torch.library.opcheck(torch.ops.vblora_triton.vblora_linear_fwd_.default, arguments)
+    x, base, *parameters, _ = tensors
+    before, expected = base.clone(), ops.vblora_linear(x, base, *parameters, 2, backend=backend)
+    with FlopCounterMode(display=False):
+        y = ops.vblora_linear_(x, base, *parameters, 2, backend=backend)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(base, before)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_in_place_is_the_same_in_base_outs_memory(backend):
+def test_in_place_is_the_same_in_bases_memory(backend):
     case = LinearCase(M=20)
     out, inside = case.tensors(), case.tensors()
     expected = case.run(ops.vblora_linear, out, backend=backend)
 
-    def in_place(x, base_out, *rest, **options):
+    def in_place(x, base, *rest, **options):
         # As a base layer makes it: not a leaf.
-        result = base_out * 1
+        result = base * 1
         y = ops.vblora_linear_(x, result, *rest, **options)
         assert y.data_ptr() == result.data_ptr()
         return y
@@ -110,7 +116,7 @@ def test_in_place_is_the_same_in_base_outs_memory(backend):
     actual = case.run(in_place, inside, backend=backend)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=name)
-    inside["base_out"] = inside["base_out"].detach().T.contiguous().T
+    inside["base"] = inside["base"].detach().T.contiguous().T
     with pytest.raises(ValueError, match="contiguous"):
         case.run(ops.vblora_linear_, inside, backend=backend)
 
@@ -119,7 +125,7 @@ def test_in_place_is_the_same_in_base_outs_memory(backend):
 def test_in_place_on_what_a_backward_needs_is_noticed(backend):
     tensors = LinearCase(M=20).tensors()
     del tensors["dy"]
-    tensors["base_out"] = tensors["base_out"].exp()
+    tensors["base"] = tensors["base"].exp()
     y = ops.vblora_linear_(*tensors.values(), 2, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -153,19 +159,19 @@ def test_no_gradient_is_recorded_without_need():
         ops.vblora_linear(*tensors.values(), case.k, backend="triton")
 
 
-def test_base_out_is_not_written_to():
+def test_base_is_not_written_to():
     case = LinearCase()
     tensors = case.tensors()
-    before = tensors["base_out"].detach().clone()
+    before = tensors["base"].detach().clone()
     case.run(ops.vblora_linear, tensors, backend="triton")
-    assert torch.equal(tensors["base_out"], before)
+    assert torch.equal(tensors["base"], before)
 
 
-def test_result_has_the_dtype_of_base_out():
+def test_result_has_the_dtype_of_base():
     case = LinearCase()
     tensors = case.tensors()
     del tensors["dy"]
-    tensors["base_out"] = tensors["base_out"].detach().bfloat16()
+    tensors["base"] = tensors["base"].detach().bfloat16()
     for backend in ("triton", "reference"):
         assert ops.vblora_linear(*tensors.values(), case.k, backend=backend).dtype == torch.bfloat16
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -226,7 +232,7 @@ def test_reference_passes_gradcheck(base):
     case = LinearCase(M=3, K=6, N=9, r=2, h=5, b=3, k=2, base=base, device="cpu")
     tensors = in_float64(case.tensors())
     del tensors["dy"]
-    inputs = [tensors.get(name) for name in ("x", "base_out", "logits_A", "logits_B", "vector_bank")]
+    inputs = [tensors.get(name) for name in ("x", "base", "logits_A", "logits_B", "vector_bank")]
     assert torch.autograd.gradcheck(lambda *args: reference.vblora_linear(*args, case.k), inputs)
     assert torch.autograd.gradcheck(lambda a, v: reference.compose(a, v, case.k), (inputs[2], inputs[4]))
 
@@ -238,7 +244,7 @@ def test_linear_operator_passes_opcheck(base, requires_grad, dropout_p):
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
     case = LinearCase(M=3, K=16, N=24, b=8, h=5, base=base)
     tensors = case.tensors()
-    inputs = [tensors.get(name) for name in ("x", "base_out", "logits_A", "logits_B", "vector_bank")]
+    inputs = [tensors.get(name) for name in ("x", "base", "logits_A", "logits_B", "vector_bank")]
     inputs = [t if t is None or requires_grad else t.detach() for t in inputs]
     torch.library.opcheck(torch.ops.vblora_triton.vblora_linear.default, (*inputs, case.k, dropout_p, seed))
 
@@ -279,7 +285,7 @@ def test_no_features_in_or_out_are_as_in_the_reference(M, K, N, base):
         assert torch.equal(value, expected[name]), name
     rest = [tensors[name].detach() for name in ("logits_A", "logits_B")]
     selection = ops.select(*rest, 2, backend="triton")
-    y = ops.vblora_linear_selected(tensors["x"], tensors.get("base_out"), *selection, tensors["vector_bank"])
+    y = ops.vblora_linear_selected(tensors["x"], tensors.get("base"), *selection, tensors["vector_bank"])
     assert torch.equal(y, expected["y"])
 
 
@@ -303,24 +309,29 @@ def test_in_place_rounds_once(backend, dtype):
         assert torch.equal(ops.vblora_linear_(x, start.clone(), *parameters, 2, backend=backend), expected)
 
 
-def test_use_backend_sets_what_auto_means(monkeypatch):
+def test_use_backend_sets_what_auto_means_and_what_ran_is_told():
     case = LinearCase(M=2, K=16, N=8, b=8, h=5)
-    tensors = [t.detach() for t in case.tensors().values()][:-1]
-    ran = []
-    for home, name in ((reference, "reference"), (cpu, "eager")):
-        monkeypatch.setattr(home, "vblora_linear", lambda *a, name=name, **k: ran.append(name))
+    tensors = list(case.tensors().values())[:-1]
+
+    def ran(*tensors, **options):
+        with counted() as launched, ops.backends_that_run() as told:
+            y = ops.vblora_linear(*tensors, case.k, **options)
+        # By what was launched, and by who made the node of autograd's graph.
+        by = "triton" if launched else "cpu" if y.grad_fn.name() == "_VBLoRALinearBackward" else "reference"
+        assert told == {by}
+        return by
+
     with vblora_triton.use_backend("triton"):
-        ops.vblora_linear(*tensors, case.k)
-        assert ran == []
+        assert ran(*tensors) == "triton"
         with vblora_triton.use_backend("reference"):
-            ops.vblora_linear(*tensors, case.k)
-        assert ran == ["reference"]
-        ops.vblora_linear(*tensors, case.k)
-    assert ran == ["reference"]
-    ops.vblora_linear(*[t.cpu() for t in tensors], case.k)
-    assert ran == ["reference", "eager"], "auto on a CPU"
-    ops.vblora_linear(*[t.cpu() for t in tensors], case.k, dropout_p=0.5, training=True)
-    assert ran == ["reference", "eager", "reference"], "auto on a CPU, with dropout"
+            assert ran(*tensors) == "reference"
+        assert ran(*tensors) == "triton"
+        assert ran(*tensors, backend="reference") == "reference"
+    on_cpu = [t.cpu() for t in tensors]
+    assert ran(*on_cpu) == ran(*on_cpu, backend="cpu") == "cpu"
+    assert ran(*on_cpu, dropout_p=0.5, training=True) == "reference"
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: it has no dropout"):
+        ran(*on_cpu, dropout_p=0.5, training=True, backend="cpu")
 
 
 def valid(**changes):
@@ -342,7 +353,7 @@ def valid(**changes):
         ),
         ({"x": torch.ones(())}, ValueError, "`x` is a scalar"),
         ({"x": torch.ones(2, 16, device="meta")}, ValueError, "is on .* and `x` on meta"),
-        ({"base_out": torch.ones(2, 25)}, ValueError, r"`base_out` has shape \(2, 25\).*must be \(2, 24\)"),
+        ({"base": torch.ones(2, 25)}, ValueError, r"`base` has shape \(2, 25\).*must be \(2, 24\)"),
         ({"logits_B": torch.ones(3, 5, 5)}, ValueError, r"`logits_B` has shape \(3, 5, 5\)"),
         ({"vector_bank": torch.ones(5)}, ValueError, r"`vector_bank` has shape \(5,\)"),
         ({"vector_bank": torch.ones(5, 0)}, ValueError, r"neither 0"),
@@ -350,7 +361,7 @@ def valid(**changes):
         ({"topk": 0}, ValueError, "`topk` is 0"),
         ({"topk": 2.0}, TypeError, "`topk` must be an int, not float"),
         ({"dropout_p": 1.5, "training": True}, ValueError, "`dropout_p` is 1.5"),
-        ({"backend": "cuda"}, ValueError, "`backend` is 'cuda'; the backends are 'auto', 'triton', 'reference'"),
+        ({"backend": "cuda"}, ValueError, "`backend` is 'cuda'; the backends are 'auto', 'triton', 'cpu', 'reference'"),
         ({"x": torch.ones(2, 16, dtype=torch.float64), "backend": "triton"}, TypeError, "not torch.float64"),
     ],
     ids=lambda value: None if isinstance(value, type) else "",

@@ -121,32 +121,32 @@ def test_packing_holds_at_every_magnitude(scale):
 
 
 @pytest.mark.parametrize("case", cases(CASES[2], CASES[4], CASES[0], dtypes=DTYPES[:2]))
-def test_a_shared_projection_changes_no_bit(case):
+def test_a_shared_projected_input_changes_no_bit(case):
     tensors = case.tensors()
     apart = case.run(ops.vera_linear, tensors, backend="triton")
-    projection = ops.vera_project(tensors["x"], tensors["A"], tensors["base_out"], backend="triton")
-    assert not projection.values.requires_grad
+    projected = ops.vera_project(tensors["x"], tensors["A"], tensors["base"], backend="triton")
+    assert not projected.values.requires_grad
     with counted() as names:
-        shared = case.run(ops.vera_linear, tensors, backend="triton", projection=projection)
+        shared = case.run(ops.vera_linear, tensors, backend="triton", projected=projected)
     assert "_pack_rows_kernel" not in names
     for name, value in apart.items():
         assert torch.equal(shared[name], value), name
 
 
-def test_the_reference_shares_no_projection_and_takes_none():
+def test_the_reference_shares_no_projected_input_and_takes_none():
     tensors = VeraCase().tensors()
     assert ops.vera_project(tensors["x"], tensors["A"], backend="reference") is None
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_in_place_is_the_same_in_base_outs_memory(backend):
+def test_in_place_is_the_same_in_bases_memory(backend):
     case = VeraCase(M=20)
     out, inside = case.tensors(), case.tensors()
     expected = case.run(ops.vera_linear, out, backend=backend)
 
-    def in_place(x, base_out, *rest, **options):
+    def in_place(x, base, *rest, **options):
         # As a base layer makes it: not a leaf.
-        result = base_out * 1
+        result = base * 1
         y = ops.vera_linear_(x, result, *rest, **options)
         assert y.data_ptr() == result.data_ptr()
         return y
@@ -154,21 +154,21 @@ def test_in_place_is_the_same_in_base_outs_memory(backend):
     actual = case.run(in_place, inside, backend=backend)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=name)
-    inside["base_out"] = inside["base_out"].detach().T.contiguous().T
+    inside["base"] = inside["base"].detach().T.contiguous().T
     with pytest.raises(ValueError, match="contiguous"):
         case.run(ops.vera_linear_, inside, backend=backend)
     tensors = case.tensors()
-    tensors["base_out"] = tensors["base_out"].exp()
+    tensors["base"] = tensors["base"].exp()
     y = ops.vera_linear_(*arguments(tensors), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_nothing_is_recorded_without_need_and_base_out_is_left_alone():
+def test_nothing_is_recorded_without_need_and_base_is_left_alone():
     tensors = VeraCase().tensors()
-    before = tensors["base_out"].detach().clone()
+    before = tensors["base"].detach().clone()
     ops.vera_linear(*arguments(tensors), backend="triton")
-    assert torch.equal(tensors["base_out"], before)
+    assert torch.equal(tensors["base"], before)
     assert ops.vera_linear(*(t.detach() for t in arguments(tensors)), backend="triton").grad_fn is None
     with torch.no_grad():
         assert ops.vera_linear(*arguments(tensors), backend="triton").grad_fn is None
@@ -193,12 +193,8 @@ def test_operators_pass_opcheck(base, requires_grad, dropout_p, M):
     x, A = inputs[0].detach(), inputs[4]
     operators = torch.ops.vblora_triton
     torch.library.opcheck(operators.vera_project.default, (x, A, False, dropout_p, seed))
-    projection = operators.vera_project(x, A, False, dropout_p, seed)
-    torch.library.opcheck(operators.vera_linear.default, (*inputs, *projection, dropout_p, seed))
-    if base and not requires_grad:
-        _, base_out, lambda_b, lambda_d, _, B = inputs
-        arguments_ = (base_out, lambda_b, lambda_d, B, *projection, False)
-        torch.library.opcheck(operators.vera_linear_fwd_.default, arguments_)
+    projected = operators.vera_project(x, A, False, dropout_p, seed)
+    torch.library.opcheck(operators.vera_linear.default, (*inputs, *projected, dropout_p, seed))
 
 
 def test_second_derivative_is_refused():
@@ -212,9 +208,9 @@ BAD = [
     ({"x": torch.ones(())}, ValueError, "`x` is a scalar"),
     ({"x": torch.ones(3, 102)}, ValueError, r"`A` has shape \(20, 101\); with x \(3, 102\)"),
     ({"x": [1.0]}, TypeError, "`x` must be a floating tensor, not list"),
-    ({"lambda_b": torch.ones(145)}, ValueError, r"`base_out` has shape \(17, 144\)"),
-    ({"lambda_b": torch.ones(150), "base_out": None}, ValueError, r"`B` has shape \(149, 20\).*at least 150, 20"),
-    ({"lambda_b": torch.ones(0), "base_out": None}, ValueError, "`lambda_b` has shape"),
+    ({"lambda_b": torch.ones(145)}, ValueError, r"`base` has shape \(17, 144\)"),
+    ({"lambda_b": torch.ones(150), "base": None}, ValueError, r"`B` has shape \(149, 20\).*at least 150, 20"),
+    ({"lambda_b": torch.ones(0), "base": None}, ValueError, "`lambda_b` has shape"),
     ({"lambda_d": torch.ones(20, 1)}, ValueError, r"`lambda_d` has shape \(20, 1\); it must be \(r\)"),
     ({"lambda_d": torch.ones(19)}, ValueError, r"`A` has shape \(20, 101\).*must be \(19, at least 96\)"),
     ({"A": torch.ones(20, 101, dtype=torch.int32)}, TypeError, "`A` must be a floating tensor, not torch.int32"),
@@ -240,18 +236,18 @@ def test_bad_options_get_an_error_that_names_them():
     ):
         with pytest.raises(error, match=message):
             ops.vera_linear(*arguments(tensors), **options)
-    projection = ops.Projection(torch.ones(4, 20), torch.ones(0))
-    with pytest.raises(ValueError, match=r"`projection` has values of shape \(4, 20\).*must be \(3, 20\)"):
-        ops.vera_linear(*arguments(tensors), backend="triton", projection=projection)
-    projection = ops.Projection(torch.ones(3, 20), torch.ones(0))
+    projected = ops.ProjectedInput(torch.ones(4, 20), torch.ones(0))
+    with pytest.raises(ValueError, match=r"`projected` has values of shape \(4, 20\).*must be \(3, 20\)"):
+        ops.vera_linear(*arguments(tensors), backend="triton", projected=projected)
+    projected = ops.ProjectedInput(torch.ones(3, 20), torch.ones(0))
     whole = ops.vera_project(tensors["x"], tensors["A"], backend="triton")
-    turned = ops.Projection(whole.values.T.contiguous().T, whole.scale)
+    turned = ops.ProjectedInput(whole.values.T.contiguous().T, whole.scale)
     for backend in ("triton", "reference"):
-        with pytest.raises(ValueError, match="`projection` is not contiguous"):
-            ops.vera_linear(*arguments(tensors), backend=backend, projection=turned)
-        with pytest.raises(TypeError, match=r"`projection` has values of torch\.float16"):
-            ops.vera_linear(*arguments(tensors), backend=backend, projection=whole._replace(values=whole.values.half()))
-    options = {"dropout_p": 0.5, "training": True, "projection": projection}
+        with pytest.raises(ValueError, match="`projected` is not contiguous"):
+            ops.vera_linear(*arguments(tensors), backend=backend, projected=turned)
+        with pytest.raises(TypeError, match=r"`projected` has values of torch\.float16"):
+            ops.vera_linear(*arguments(tensors), backend=backend, projected=whole._replace(values=whole.values.half()))
+    options = {"dropout_p": 0.5, "training": True, "projected": projected}
     with pytest.raises(ValueError, match="made without dropout"):
         ops.vera_linear(*arguments(tensors), backend="triton", **options)
     with pytest.raises(ValueError, match="`A` has shape"):
@@ -283,7 +279,7 @@ def test_launches_are_three_forward_and_four_backward_and_none_for_no_tokens():
 LARGE = VeraCase(M=4096, K=4096, N=4096, r=256, spare=0, dtype=torch.bfloat16)
 
 
-def test_backward_keeps_the_projection_in_16_bits_and_neither_x_nor_an_output():
+def test_backward_keeps_the_projected_input_in_16_bits_and_neither_x_nor_an_output():
     tensors = LARGE.tensors()
     kept: list[torch.Tensor] = []
     with (
@@ -293,7 +289,7 @@ def test_backward_keeps_the_projection_in_16_bits_and_neither_x_nor_an_output():
         ops.vera_linear(*arguments(tensors), backend="triton")
     own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     given = {tensors[name].untyped_storage().data_ptr() for name in ("lambda_b", "lambda_d", "A", "B")}
-    assert not {tensors["x"].untyped_storage().data_ptr(), tensors["base_out"].untyped_storage().data_ptr()} & {*own}
+    assert not {tensors["x"].untyped_storage().data_ptr(), tensors["base"].untyped_storage().data_ptr()} & {*own}
     small = LARGE.M * 4
     assert sum(size for pointer, size in own.items() if pointer not in given) <= LARGE.M * LARGE.r * 2 + small
 
@@ -311,7 +307,7 @@ def test_no_launch_sees_a_wide_copy_of_an_activation_or_a_projected_output():
     M, K = LARGE.M, LARGE.K
     large = [(name, t) for name, t in seen if t.numel() >= M * K]
     assert all(t.dtype == torch.bfloat16 for _, t in large)
-    # x, and base_out with y; dy, dx and dy again.
+    # x, and base with y; dy, dx and dy again.
     assert sorted(name for name, _ in large) == ["Base_ptr", "C_ptr", "C_ptr", "DY_ptr", "X_ptr", "X_ptr"]
     # p and dp as they are added up, and A and B themselves.
     assert max(t.numel() for name, t in seen if t.numel() < M * K) <= 4 * M * LARGE.r
@@ -319,7 +315,7 @@ def test_no_launch_sees_a_wide_copy_of_an_activation_or_a_projected_output():
 
 def test_backward_launches_only_what_is_needed():
     products, scales = ["_product_kernel"] * 2, ["_scale_grads_kernel", "_sum_parts_kernel"]
-    for needed, expected in ((["x"], products), (["lambda_b"], scales), (["lambda_d"], scales), (["base_out"], [])):
+    for needed, expected in ((["x"], products), (["lambda_b"], scales), (["lambda_d"], scales), (["base"], [])):
         tensors = VeraCase(M=20, K=40, N=30, r=3).tensors()
         for name in TRAINED:
             tensors[name].requires_grad_(name in needed)
@@ -365,7 +361,7 @@ def test_deterministic_mode_and_repeats_are_bitwise_equal():
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_autocast_rounds_neither_parameters_nor_the_projection(backend):
+def test_autocast_rounds_neither_parameters_nor_the_projected_input(backend):
     tensors = VeraCase(M=20).tensors()
     x, _, *rest = (t.detach() for t in arguments(tensors))
     truth = reference.vera_linear(x.double(), None, *(t.double() for t in rest))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.ops.linear_case import laid_out, name_of_dtypes
 
-TRAINED = ("x", "base_out", "lambda_b", "lambda_d")
+TRAINED = ("x", "base", "lambda_b", "lambda_d")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class VeraCase:
         return f"{size}-K{self.K}-N{self.N}-r{self.r}-{dtypes}{extra}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Fresh leaf tensors, A and B without requires_grad, and "dy". base_out is absent where the case has none."""
+        """Fresh leaf tensors, A and B without requires_grad, and "dy". base is absent where the case has none."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -48,7 +48,7 @@ class VeraCase:
         out_dtype = self.base_dtype or self.dtype
         tensors = {"x": laid_out(self.layout, normal, *batch, self.K).to(self.device, self.dtype)}
         if self.base:
-            tensors["base_out"] = laid_out(self.layout, normal, *batch, self.N).to(self.device, out_dtype)
+            tensors["base"] = laid_out(self.layout, normal, *batch, self.N).to(self.device, out_dtype)
         tensors |= {"lambda_b": normal(self.N), "lambda_d": normal(self.r) * 0.1}
         tensors |= {"A": uniform(self.r, self.K + self.spare), "B": uniform(self.N + self.spare, self.r)}
         for name in ("lambda_b", "lambda_d", "A", "B"):

@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vblora_triton import ops
-from vblora_triton.tuner.linear import is_plain, may_write
+from vblora_triton.ops.modes import is_plain
+from vblora_triton.tuner.linear import may_write
 
 Forward = Callable[..., Tensor]
 

@@ -1,9 +1,12 @@
-"""The public functions: they check their arguments, choose a backend, and call the kernels or plain PyTorch."""
+"""All the maths. The public functions check their arguments, choose a backend (`dispatch`), and call it.
 
-from vblora_triton.ops import triton_compose as _triton_compose  # noqa: F401
-from vblora_triton.ops.dispatch import use_backend
+reference.py defines both methods; cpu.py and the kernels, as operators in triton_vblora.py and triton_vera.py, compute
+the same.
+"""
+
+from vblora_triton.ops.dispatch import backends_that_run, use_backend
+from vblora_triton.ops.reference import Selection
 from vblora_triton.ops.vblora import (
-    Selection,
     compose,
     select,
     vblora_linear,
@@ -11,11 +14,12 @@ from vblora_triton.ops.vblora import (
     vblora_linear_selected,
     vblora_linear_selected_,
 )
-from vblora_triton.ops.vera import Projection, vera_linear, vera_linear_, vera_project
+from vblora_triton.ops.vera import ProjectedInput, vera_linear, vera_linear_, vera_project
 
 __all__ = [
-    "Projection",
+    "ProjectedInput",
     "Selection",
+    "backends_that_run",
     "compose",
     "select",
     "use_backend",

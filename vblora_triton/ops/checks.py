@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from vblora_triton.ops import modes
+
 
 def check_tensors(**tensors: Tensor | None) -> None:
     """Check that all are floating tensors on one device; None is allowed to be absent.
@@ -15,7 +17,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
     """
     first, device = "", None
     for name, tensor in tensors.items():
-        if tensor is None and name == "base_out":
+        if tensor is None and name == "base":
             continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -43,7 +45,7 @@ def check_bank(vector_bank: Tensor) -> None:
 
 
 def check_linear(
-    x: Tensor, base_out: Tensor | None, vector_bank: Tensor, A: Tensor, B: Tensor, last: int, what: str
+    x: Tensor, base: Tensor | None, vector_bank: Tensor, A: Tensor, B: Tensor, last: int, what: str
 ) -> None:
     """Check the sizes of a linear's arguments against each other.
 
@@ -70,14 +72,14 @@ def check_linear(
             f"(out / {b}, {A.shape[0]}, {last})."
         )
     out = (*x.shape[:-1], B.shape[0] * b)
-    if base_out is not None and base_out.shape != out:
+    if base is not None and base.shape != out:
         raise ValueError(
-            f"`base_out` has shape {tuple(base_out.shape)}; with x {tuple(x.shape)} and {what}_B {tuple(B.shape)} "
+            f"`base` has shape {tuple(base.shape)}; with x {tuple(x.shape)} and {what}_B {tuple(B.shape)} "
             f"it must be {out}."
         )
 
 
-def check_vera(x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor) -> None:
+def check_vera(x: Tensor, base: Tensor | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor) -> None:
     """Check the sizes of a VeRA linear's arguments against each other, and that A and B are frozen."""
     if x.dim() == 0:
         raise ValueError("`x` is a scalar; it must be (*batch, in).")
@@ -96,9 +98,9 @@ def check_vera(x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: T
             f"{tuple(lambda_d.shape)} it must be (at least {N}, {r})."
         )
     out = (*x.shape[:-1], N)
-    if base_out is not None and base_out.shape != out:
+    if base is not None and base.shape != out:
         raise ValueError(
-            f"`base_out` has shape {tuple(base_out.shape)}; with x {tuple(x.shape)} and lambda_b "
+            f"`base` has shape {tuple(base.shape)}; with x {tuple(x.shape)} and lambda_b "
             f"{tuple(lambda_b.shape)} it must be {out}."
         )
     for name, projection in (("A", A), ("B", B)):
@@ -109,7 +111,7 @@ def check_vera(x: Tensor, base_out: Tensor | None, lambda_b: Tensor, lambda_d: T
             )
 
 
-def check_projected(x: Tensor, A: Tensor) -> None:
+def check_projects(x: Tensor, A: Tensor) -> None:
     """Check that A can project x."""
     if x.dim() == 0 or A.dim() != 2 or A.shape[1] < x.shape[-1]:
         raise ValueError(
@@ -117,59 +119,64 @@ def check_projected(x: Tensor, A: Tensor) -> None:
         )
 
 
-def check_projection(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, dropout: float) -> None:
+def check_projected_input(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, dropout: float) -> None:
     """Check that a projection can be one of x by A, and that no dropout is in force beside it."""
     if dropout > 0:
-        raise ValueError(
-            f"`projection` was made without dropout, but `dropout_p` is {dropout}; leave `projection` out."
-        )
+        raise ValueError(f"`projected` was made without dropout, but `dropout_p` is {dropout}; leave `projected` out.")
     M = math.prod(x.shape[:-1])
     packed = values.dtype == torch.int16
     if values.dtype not in (torch.int16, torch.float32) or scale.dtype != torch.float32:
         raise TypeError(
-            f"`projection` has values of {values.dtype} and a scale of {scale.dtype}; make it with vera_project(x, A)."
+            f"`projected` has values of {values.dtype} and a scale of {scale.dtype}; make it with vera_project(x, A)."
         )
     if not (values.is_contiguous() and scale.is_contiguous()):
-        raise ValueError("`projection` is not contiguous; make it with vera_project(x, A).")
+        raise ValueError("`projected` is not contiguous; make it with vera_project(x, A).")
     if values.shape != (M, A.shape[0]) or scale.shape != (M if packed else 0,) or values.device != x.device:
         raise ValueError(
-            f"`projection` has values of shape {tuple(values.shape)} on {values.device}; with x {tuple(x.shape)} on "
+            f"`projected` has values of shape {tuple(values.shape)} on {values.device}; with x {tuple(x.shape)} on "
             f"{x.device} and A {tuple(A.shape)} they must be {(M, A.shape[0])}. Make it with vera_project(x, A)."
         )
 
 
-def check_given(base_out: Tensor | None, otherwise: str) -> None:
-    """Check that there is a base_out to write into; `otherwise` names the op that makes a new tensor."""
-    if base_out is None:
-        raise TypeError(f"`base_out` must be a floating tensor, not None; call {otherwise} for the update alone.")
+def writes_in_place(x: Tensor, base: Tensor, otherwise: str) -> bool:
+    """Say whether to write into base, which is checked; where somebody observes, he is given a new tensor.
+
+    Args:
+        otherwise: the op that makes a new tensor.
+    """
+    if base is None:
+        raise TypeError(f"`base` must be a floating tensor, not None; call {otherwise} for the update alone.")
+    if modes.is_transformed():
+        return False
+    if not isinstance(x, Tensor) or not isinstance(base, Tensor):
+        # The other checks say so.
+        return False
+    check_in_place(x, base, otherwise, torch.compiler.is_compiling())
+    return not modes.is_observed()
 
 
-def check_in_place(x: Tensor, base_out: Tensor, otherwise: str, compiling: bool) -> None:
-    """Check that an update from x can be written into base_out.
+def check_in_place(x: Tensor, base: Tensor, otherwise: str, compiling: bool) -> None:
+    """Check that an update from x can be written into base.
 
     Args:
         otherwise: the op that makes a new tensor.
         compiling: a compiler is at work, which cannot say where memory is.
     """
-    if x is base_out or (not compiling and is_alias_of(x, base_out)):
-        raise ValueError(f"`x` and `base_out` share memory, and x is needed as it is; call {otherwise}.")
-    if not base_out.is_contiguous():
+    if x is base or (not compiling and is_alias_of(x, base)):
+        raise ValueError(f"`x` and `base` share memory, and x is needed as it is; call {otherwise}.")
+    if not base.is_contiguous():
         raise ValueError(
-            f"`base_out` has strides {base_out.stride()}, but only a contiguous tensor can be written in place; "
+            f"`base` has strides {base.stride()}, but only a contiguous tensor can be written in place; "
             f"call {otherwise}."
         )
     if not compiling and torch.is_grad_enabled():
         # Torch would notice after the values had been written, or lose a gradient without a word.
-        if base_out._is_view():
-            raise ValueError(f"`base_out` is a view, and the gradient of its base would be lost; call {otherwise}.")
-        if base_out.requires_grad and base_out.is_leaf:
-            raise ValueError(
-                f"`base_out` is a leaf that requires a gradient, and is needed as it is; call {otherwise}."
-            )
-    if base_out.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"`base_out` was made in inference mode and cannot be written outside of it; call {otherwise}."
-        )
+        if base._is_view():
+            raise ValueError(f"`base` is a view, and the gradient of its base would be lost; call {otherwise}.")
+        if base.requires_grad and base.is_leaf:
+            raise ValueError(f"`base` is a leaf that requires a gradient, and is needed as it is; call {otherwise}.")
+    if base.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"`base` was made in inference mode and cannot be written outside of it; call {otherwise}.")
 
 
 def check_selected(x: Tensor, indices: Tensor, weights: Tensor, which: str) -> None:

@@ -1,29 +1,49 @@
 """Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
 
-VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps its projection p
-alone, and multiplies by B again. `reference` says what is computed, and takes over where these cannot go: under
-compilers and transforms, for second derivatives, and with dropout.
+VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps the projected input p
+alone, and multiplies by B again. `reference` says what is computed, and takes over where these cannot go (`why_not`).
+
+Products go through oneDNN, where torch brings it, instead of the BLAS that torch.mm calls: MKL, the BLAS of torch's own
+builds, is slow on processors of other makers, and for products in full float32 torch itself does not take oneDNN. Both
+follow `torch.set_float32_matmul_precision`.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vblora_triton.ops import reference
-from vblora_triton.ops.products import product
+from vblora_triton.ops import modes, reference
 from vblora_triton.ops.register import first_derivative_only
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+# What torch.compile makes of a frozen linear; absent from builds without oneDNN.
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# Below so many operations, or columns of the result, torch.mm is done sooner.
+LEAST_OPERATIONS = 2**22
+LEAST_COLUMNS = 16
+# From so many rows on, a right operand with gaps is worth copying; as it is, oneDNN would take a thousand times longer.
+ROWS_TO_COPY = 128
 
 
-def fits(x: Tensor) -> bool:
-    """Say whether x is on the CPU, and nobody traces or compiles what is done to it: all that is served here."""
-    return (
-        x.is_cpu
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
-    )
+def why_not(op: str, dropout_p: float, tensors: list[Tensor]) -> str | None:
+    """Say why a call is left to the reference, or None where it is not.
+
+    Args:
+        op: as in `dispatch.BACKENDS`.
+        tensors: the first one is x, or logits.
+    """
+    x = tensors[0]
+    if not x.is_cpu:
+        return f"the tensors are on {x.device.type}"
+    if modes.is_observed():
+        return "a compiler, a mode or a transform looks on, or operators are traced"
+    if dropout_p > 0:
+        return "it has no dropout"
+    if x.shape[-1] == 0:
+        return "there are no input features"
+    if op.startswith("vblora_linear_selected") and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it has no gradients of calls from a selection"
+    return None
 
 
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -52,34 +72,36 @@ def _add(x: Tensor, base: Tensor | None, update: Tensor, in_place: bool) -> Tens
 
 def vblora_linear(
     x: Tensor,
-    base_out: Tensor | None,
+    base: Tensor | None,
     logits_A: Tensor,
     logits_B: Tensor,
     vector_bank: Tensor,
     topk: int,
+    dropout_p: float = 0.0,
     in_place: bool = False,
 ) -> Tensor:
-    """`reference.vblora_linear` without dropout; into base_out where `in_place`."""
+    """`reference.vblora_linear` without dropout; into base where `in_place`."""
     if torch.is_grad_enabled():
-        return _VBLoRALinear.apply(x, base_out, logits_A, logits_B, vector_bank, topk, in_place)
+        return _VBLoRALinear.apply(x, base, logits_A, logits_B, vector_bank, topk, in_place)
     vectors = _mixed(*select(_as_rows(logits_A, logits_B), topk), vector_bank)
-    return _updated(x, base_out, vectors, logits_A.shape, in_place)[0]
+    return _updated(x, base, vectors, logits_A.shape, in_place)[0]
 
 
 @torch.no_grad()
 def vblora_linear_selected(
     x: Tensor,
-    base_out: Tensor | None,
+    base: Tensor | None,
     indices_A: Tensor,
     weights_A: Tensor,
     indices_B: Tensor,
     weights_B: Tensor,
     vector_bank: Tensor,
+    dropout_p: float = 0.0,
     in_place: bool = False,
 ) -> Tensor:
-    """`reference.vblora_linear_selected` without dropout and gradients; into base_out where `in_place`."""
+    """`reference.vblora_linear_selected` without dropout and gradients; into base where `in_place`."""
     vectors = _mixed(_as_rows(indices_A, indices_B), _as_rows(weights_A, weights_B), vector_bank)
-    return _updated(x, base_out, vectors, indices_A.shape, in_place)[0]
+    return _updated(x, base, vectors, indices_A.shape, in_place)[0]
 
 
 def _as_rows(of_A: Tensor, of_B: Tensor) -> Tensor:
@@ -103,14 +125,14 @@ def _mixed(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
 
 
 def _updated(
-    x: Tensor, base_out: Tensor | None, vectors: Tensor, shape_A: torch.Size, in_place: bool
+    x: Tensor, base: Tensor | None, vectors: Tensor, shape_A: torch.Size, in_place: bool
 ) -> tuple[Tensor, Tensor]:
-    """base_out + s B^T, and s = x A^T, (M, r), in the wider dtype."""
+    """base + s B^T, and s = x A^T, (M, r), in the wider dtype."""
     A, B_t = _split(vectors, shape_A)
     dtype = torch.promote_types(x.dtype, A.dtype)
     s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
     update = _shaped(product(s, B_t.T.to(dtype)), (*x.shape[:-1], B_t.shape[1]), dtype)
-    return _add(x, base_out, update, in_place), s
+    return _add(x, base, update, in_place), s
 
 
 class _VBLoRALinear(torch.autograd.Function):
@@ -118,12 +140,12 @@ class _VBLoRALinear(torch.autograd.Function):
     # What is done to rows of A is done to those of B^T at once: on a CPU it is the number of small steps that costs.
 
     @staticmethod
-    def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, topk, in_place):
+    def forward(ctx, x, base, logits_A, logits_B, vector_bank, topk, in_place):
         indices, weights = select(_as_rows(logits_A, logits_B), topk)
         vectors = _mixed(indices, weights, vector_bank)
         if in_place:
-            ctx.mark_dirty(base_out)
-        y, s = _updated(x, base_out, vectors, logits_A.shape, in_place)
+            ctx.mark_dirty(base)
+        y, s = _updated(x, base, vectors, logits_A.shape, in_place)
         ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank)
         ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
         return y
@@ -184,35 +206,36 @@ def _shaped(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def vera_linear(
     x: Tensor,
-    base_out: Tensor | None,
+    base: Tensor | None,
     lambda_b: Tensor,
     lambda_d: Tensor,
     A: Tensor,
     B: Tensor,
+    dropout_p: float = 0.0,
     in_place: bool = False,
 ) -> Tensor:
-    """`reference.vera_linear` without dropout; into base_out where `in_place`."""
-    return _VeraLinear.apply(x, base_out, lambda_b, lambda_d, A, B, in_place)
+    """`reference.vera_linear` without dropout; into base where `in_place`."""
+    return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B, in_place)
 
 
 class _VeraLinear(torch.autograd.Function):
     linear_in = 2
 
     @staticmethod
-    def forward(ctx, x, base_out, lambda_b, lambda_d, A, B, in_place):
+    def forward(ctx, x, base, lambda_b, lambda_d, A, B, in_place):
         dtype = widest(x, A, lambda_d)
         wide_A, wide_B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
         p = product(x.reshape(-1, x.shape[-1]).to(dtype), wide_A)
         ctx.save_for_backward(p, lambda_b, lambda_d, A, B)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         if in_place:
-            ctx.mark_dirty(base_out)
+            ctx.mark_dirty(base)
         q = product(p * lambda_d, wide_B)
-        if in_place and base_out.dtype == dtype == lambda_b.dtype:
-            base_out.view(q.shape).addcmul_(q, lambda_b)
-            return base_out
+        if in_place and base.dtype == dtype == lambda_b.dtype:
+            base.view(q.shape).addcmul_(q, lambda_b)
+            return base
         update = lambda_b * q
-        return _add(x, base_out, _shaped(update, (*x.shape[:-1], q.shape[1]), update.dtype), in_place)
+        return _add(x, base, _shaped(update, (*x.shape[:-1], q.shape[1]), update.dtype), in_place)
 
     @staticmethod
     @first_derivative_only
@@ -231,3 +254,40 @@ class _VeraLinear(torch.autograd.Function):
             if need_x:
                 dx = _shaped(product(du.mul_(lambda_d), A.T), ctx.x_shape, ctx.x_dtype)
         return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T, without gradients.
+
+    Args:
+        left: (M, K).
+        right: (N, K), in the dtype of left.
+    Returns:
+        (M, N), contiguous.
+    """
+    if not _suits_onednn(left, right):
+        return left @ right.T
+    if not _is_dense(right):
+        right = right.contiguous()
+    return _onednn(left, right, None, "none", [], "")  # type: ignore[misc]
+
+
+def _suits_onednn(left: Tensor, right: Tensor) -> bool:
+    (M, K), N = left.shape, right.shape[0]
+    return (
+        _onednn is not None
+        and 2 * M * N * K >= LEAST_OPERATIONS
+        and N >= LEAST_COLUMNS
+        and left.dtype == right.dtype == torch.float32
+        and left.is_cpu
+        and _is_dense(left)
+        and (M >= ROWS_TO_COPY or _is_dense(right))
+        # FlopCounterMode and selective checkpointing see only operators that they know.
+        and modes.is_plain(left, right)
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    """Whether it, or its transpose, is contiguous."""
+    return matrix.is_contiguous() or matrix.T.is_contiguous()

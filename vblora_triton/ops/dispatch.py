@@ -1,21 +1,79 @@
-"""Which backend computes an op, and what all ops need around either."""
+"""Which backend computes an op: one table of them, and one choice for each call."""
 
 # Not "backends.py": torch.compile leaves every file alone whose path has "triton/backends" in it.
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from vblora_triton.ops import cpu, support
-from vblora_triton.ops.checks import check_given, check_in_place
+from vblora_triton.ops import cpu, modes, reference, triton_vblora, triton_vera
+from vblora_triton.ops.register import Operator
 
-BACKENDS = ("auto", "triton", "reference")
+# Limits of the kernels; beyond them PyTorch computes.
+MAX_RANK = 64
+MAX_TOPK = 1024
+MAX_VECTORS = 65536
+MAX_VECTOR_LENGTH = 2048
+MAX_VERA_RANK = 4096
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# (name, size, limit) of each size of a call that has a limit.
+Sizes = tuple[tuple[str, int, int], ...]
+
+
+def _into_base(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, base: Tensor, *rest: Any) -> Tensor:
+        return base.copy_(op(x, base, *rest))
+
+    return run
+
+
+# backend -> op -> what computes it, given the op's tensors and the probability of dropout. "triton" takes a seed after
+# that, and for VeRA's linear the projected input before it; the others draw their own dropout, and "cpu" has none.
+BACKENDS: dict[str, dict[str, Callable | Operator]] = {
+    "triton": {
+        "compose": triton_vblora.compose,
+        "select": triton_vblora.select,
+        "vblora_linear": triton_vblora.linear,
+        "vblora_linear_": triton_vblora.linear.in_place,
+        "vblora_linear_selected": triton_vblora.linear_selected,
+        "vblora_linear_selected_": triton_vblora.linear_selected.in_place,
+        "vera_linear": triton_vera.linear,
+        "vera_linear_": triton_vera.linear.in_place,
+    },
+    "cpu": {
+        "compose": reference.compose,
+        "select": reference.selection,
+        "vblora_linear": cpu.vblora_linear,
+        "vblora_linear_": partial(cpu.vblora_linear, in_place=True),
+        "vblora_linear_selected": cpu.vblora_linear_selected,
+        "vblora_linear_selected_": partial(cpu.vblora_linear_selected, in_place=True),
+        "vera_linear": cpu.vera_linear,
+        "vera_linear_": partial(cpu.vera_linear, in_place=True),
+    },
+    "reference": {
+        "compose": reference.compose,
+        "select": reference.selection,
+        "vblora_linear": reference.vblora_linear,
+        "vblora_linear_": _into_base(reference.vblora_linear),
+        "vblora_linear_selected": reference.vblora_linear_selected,
+        "vblora_linear_selected_": _into_base(reference.vblora_linear_selected),
+        "vera_linear": reference.vera_linear,
+        "vera_linear_": _into_base(reference.vera_linear),
+    },
+}
 
 # What `backend="auto"` means at present: `use_backend` changes it for the whole process.
 _default_backend = "auto"
+# Where the names of the backends that run go; None where nobody wants to know.
+_ran: set[str] | None = None
 
 
 @contextmanager
@@ -25,8 +83,9 @@ def use_backend(backend: str) -> Iterator[None]:
     It holds for the whole process: do not let contexts of several threads overlap.
 
     Args:
-        backend: "auto" (Triton where the tensors are on a GPU that it supports, PyTorch elsewhere), "triton" or
-            "reference" (PyTorch as plain as can be, differentiable any number of times).
+        backend: "auto" (Triton where the tensors are on a GPU that it supports, PyTorch elsewhere), "triton", "cpu"
+            (PyTorch with gradients written out), or "reference" (PyTorch as plain as can be, differentiable any number
+            of times).
     Raises:
         ValueError: the name is none of these.
     """
@@ -39,13 +98,22 @@ def use_backend(backend: str) -> Iterator[None]:
         _default_backend = previous
 
 
-def seed_for(p: float, x: Tensor) -> Tensor | None:
-    """A tensor, and from torch's generator: torch.manual_seed, checkpointing and graph capture reproduce it."""
-    return torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
+@contextmanager
+def backends_that_run() -> Iterator[set[str]]:
+    """Yield a set to which the name of each backend comes that computes an op inside the context.
+
+    It holds for the whole process. What torch.compile has compiled does not ask for a backend any more, nor is it seen.
+    """
+    global _ran
+    previous, _ran = _ran, set()
+    try:
+        yield _ran
+    finally:
+        _ran = previous
 
 
-def meant(backend: str) -> str:
-    """What a backend's name means at present: "auto" may have been set to another one by `use_backend`.
+def resolve(backend: str) -> str:
+    """Return what a backend's name means at present: "auto" may have been set to another one by `use_backend`.
 
     Raises:
         ValueError: the name is none of a backend.
@@ -55,50 +123,107 @@ def meant(backend: str) -> str:
 
 
 def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` is {backend!r}; the backends are {', '.join(map(repr, BACKENDS))}.")
+    """Raise ValueError unless this is the name of a backend, or "auto"."""
+    if backend != "auto" and backend not in BACKENDS:
+        names = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"`backend` is {backend!r}; the backends are {names}.")
 
 
-def choose(backend: str, sizes: support.Sizes, *tensors: Tensor | None) -> str:
-    """The backend that runs, "triton" or "reference", or "eager" where the choice is free and the reference would run.
+class Choice(NamedTuple):
+    """What computes a call.
 
-    Told to run Triton, raise where it cannot.
+    run: takes the op's tensors, and then `dropout`.
+    dropout: the probability and, for Triton, the seed.
+    """
+
+    backend: str
+    run: Callable[..., Any]
+    dropout: tuple[Any, ...]
+
+
+def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tensor | None) -> Choice:
+    """Choose the backend of a call; told which one, raise where it cannot run.
 
     Args:
+        op: as in BACKENDS.
         sizes: those that the kernels set a limit to.
-        tensors: those that they would run on, all on one device; the first one is not None.
+        dropout_p: the probability in force.
+        tensors: those that it would run on, all on one device; the first one is not None.
+    Raises:
+        ValueError, TypeError: the backend does not exist, or cannot run here.
     """
-    backend = meant(backend)
-    if backend == "reference":
-        return "reference"
-    if backend == "auto" and is_transformed():
-        # Neither the kernels nor `eager` know torch.func's transforms or forward-mode derivatives.
-        return "reference"
-    first = tensors[0]
-    if backend == "auto" and first is not None and not first.is_cuda:
-        return "eager" if cpu.fits(first) else "reference"
     given = [tensor for tensor in tensors if tensor is not None]
-    problem = support.unfit(sizes, *given)
-    if problem is None:
-        return "triton"
+    backend = resolve(backend)
     if backend == "auto":
-        return "reference"
-    error, reason = problem
-    raise error(f"backend 'triton' cannot run here: {reason}. Use backend='reference', or 'auto' to have it chosen.")
+        # Neither the kernels nor the CPU's code know transforms. Kernels that are interpreted are for tests.
+        first = "reference" if modes.is_transformed() else "triton" if given[0].is_cuda else "cpu"
+        backend = "reference" if _why_not(first, op, sizes, dropout_p, given) else first
+    else:
+        problem = _why_not(backend, op, sizes, dropout_p, given)
+        if problem is not None:
+            error, reason = problem
+            raise error(
+                f"backend {backend!r} cannot run here: {reason}. Use backend='reference', or 'auto' to have it chosen."
+            )
+    if _ran is not None and not torch.compiler.is_compiling():
+        _ran.add(backend)
+    found = BACKENDS[backend][op]
+    run = found.on(*given) if isinstance(found, Operator) else found
+    return Choice(backend, run, (dropout_p, dropout_seed(dropout_p, given[0])) if backend == "triton" else (dropout_p,))
 
 
-def is_transformed() -> bool:
-    """Say whether a transform of torch.func, or a forward-mode derivative, is under way."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+def dropout_seed(p: float, x: Tensor) -> Tensor | None:
+    """A tensor, and from torch's generator: torch.manual_seed, checkpointing and graph capture reproduce it."""
+    return torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
 
 
-def writes_in_place(x: Tensor, base_out: Tensor, otherwise: str) -> bool:
-    """Whether to write into base_out, which is checked; compilers and transforms are given a new tensor."""
-    check_given(base_out, otherwise)
-    if is_transformed():
-        return False
-    compiling = torch.compiler.is_compiling()
-    check_in_place(x, base_out, otherwise, compiling)
-    return not compiling
+def _why_not(
+    backend: str, op: str, sizes: Sizes, dropout_p: float, tensors: list[Tensor]
+) -> tuple[type[Exception], str] | None:
+    """Why a backend cannot compute a call: the error to raise and the reason, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        reason = cpu.why_not(op, dropout_p, tensors)
+        return None if reason is None else (ValueError, reason)
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return TypeError, f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
+    for name, size, limit in sizes:
+        if size > limit:
+            return ValueError, f"`{name}` is {size}, and its limit is {limit}"
+    # Nothing that asks a device can be traced; a graph is compiled for one that runs it.
+    reason = None if torch.compiler.is_compiling() else _why_no_kernels(tensors[0].device)
+    return None if reason is None else (ValueError, reason)
+
+
+@lru_cache
+def _why_no_kernels(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+        return None
+    if device.type == "cpu":
+        from vblora_triton.kernels.launch import is_interpreted
+
+        if is_interpreted():
+            return None
+        return "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set before triton was imported"
+    return f"the tensors are on {device.type}"
+
+
+def vblora_sizes(r: int, topk: int, num_vectors: int, vector_length: int) -> Sizes:
+    """The sizes of a VB-LoRA op."""
+    return (
+        ("r", r, MAX_RANK),
+        ("topk", topk, MAX_TOPK),
+        ("num_vectors", num_vectors, MAX_VECTORS),
+        ("vector_length", vector_length, MAX_VECTOR_LENGTH),
+    )
+
+
+def vera_sizes(r: int) -> Sizes:
+    """The sizes of a VeRA op."""
+    return (("r", r, MAX_VERA_RANK),)

@@ -1,11 +1,26 @@
-"""Both methods in plain PyTorch: their definition, and the oracle that the kernels and `eager` are tested against.
+"""Both methods in plain PyTorch: their definition, and the oracle that the other backends are tested against.
 
 The shortest correct PyTorch, differentiable by autograd, without speed tricks. Shapes are checked in `ops`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Selection(NamedTuple):
+    """What the logits of a layer select: their top-k indices, largest logit first, and softmax weights.
+
+    indices_A, weights_A: (r, in/b, topk), int32 and float32.
+    indices_B, weights_B: (out/b, r, topk), likewise.
+    """
+
+    indices_A: Tensor
+    weights_A: Tensor
+    indices_B: Tensor
+    weights_B: Tensor
 
 
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -24,6 +39,16 @@ def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     # A stable sort, because torch.topk leaves the order of equal values open.
     indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     return indices, logits.gather(-1, indices).softmax(-1)
+
+
+def selection(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
+    """Select for both matrices of a layer; see `select`, and `Selection` for the dtypes.
+
+    Args:
+        logits_A, logits_B: see `low_rank_matrices`.
+    """
+    (indices_A, weights_A), (indices_B, weights_B) = select(logits_A, topk), select(logits_B, topk)
+    return Selection(indices_A.int(), weights_A.float(), indices_B.int(), weights_B.float())
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int) -> Tensor:
@@ -76,92 +101,86 @@ def _placed(rows_A: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
 
 def vblora_linear(
     x: Tensor,
-    base_out: Tensor | None,
+    base: Tensor | None,
     logits_A: Tensor,
     logits_B: Tensor,
     vector_bank: Tensor,
     topk: int,
-    *,
     dropout_p: float = 0.0,
-    training: bool = False,
 ) -> Tensor:
     """Add the low-rank update of VB-LoRA to the output of the base layer.
 
-    out = base_out + dropout(x) A^T B^T      (VB-LoRA, section 3)
+    out = base + dropout(x) A^T B^T      (VB-LoRA, section 3)
 
     The update is computed in the wider of the dtypes of `x` and the parameters, and added before the one rounding to
     the result's dtype.
 
     Args:
         x: (*batch, in).
-        base_out: (*batch, out), or None for the update alone.
+        base: (*batch, out), or None for the update alone.
         logits_A, logits_B, vector_bank, topk: see `low_rank_matrices`.
-        dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`.
+        dropout_p: the probability that an element of x is dropped, in [0, 1].
     Returns:
-        (*batch, out), in the dtype of `base_out`, or of `x` where there is none.
+        (*batch, out), in the dtype of `base`, or of `x` where there is none.
     """
-    return _add_update(x, base_out, *low_rank_matrices(logits_A, logits_B, vector_bank, topk), dropout_p, training)
+    return _add_update(x, base, *low_rank_matrices(logits_A, logits_B, vector_bank, topk), dropout_p)
 
 
 def vblora_linear_selected(
     x: Tensor,
-    base_out: Tensor | None,
+    base: Tensor | None,
     indices_A: Tensor,
     weights_A: Tensor,
     indices_B: Tensor,
     weights_B: Tensor,
     vector_bank: Tensor,
-    *,
     dropout_p: float = 0.0,
-    training: bool = False,
 ) -> Tensor:
     """`vblora_linear` from selections made before.
 
     Args:
         indices_A, weights_A: (r, in/b, topk), integer and floating.
         indices_B, weights_B: (out/b, r, topk).
-        x, base_out, vector_bank, dropout_p, training: see `vblora_linear`.
+        x, base, vector_bank, dropout_p: see `vblora_linear`.
     """
     rows = compose_selected(indices_A, weights_A, vector_bank), compose_selected(indices_B, weights_B, vector_bank)
-    return _add_update(x, base_out, *_placed(*rows), dropout_p, training)
+    return _add_update(x, base, *_placed(*rows), dropout_p)
 
 
 def vera_linear(
     x: Tensor,
-    base_out: Tensor | None,
+    base: Tensor | None,
     lambda_b: Tensor,
     lambda_d: Tensor,
     A: Tensor,
     B: Tensor,
-    *,
     dropout_p: float = 0.0,
-    training: bool = False,
 ) -> Tensor:
     """Add the low-rank update of VeRA to the output of the base layer.
 
-    out = base_out + lambda_b * ((lambda_d * (dropout(x) A[:, :in]^T)) B[:out]^T)      (VeRA, arXiv 2310.11454, eq. 2)
+    out = base + lambda_b * ((lambda_d * (dropout(x) A[:, :in]^T)) B[:out]^T)      (VeRA, arXiv 2310.11454, eq. 2)
 
     The update is computed in the wider of the dtypes of `x`, `lambda_d` and A, and added before the one rounding to the
     result's dtype.
 
     Args:
         x: (*batch, in).
-        base_out: (*batch, out), or None for the update alone.
+        base: (*batch, out), or None for the update alone.
         lambda_b: (out).
         lambda_d: (r).
         A: (r, at least in).
         B: (at least out, r).
-        dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`.
+        dropout_p: the probability that an element of x is dropped, in [0, 1].
     Returns:
-        (*batch, out), in the dtype of `base_out`, or of `x` where there is none.
+        (*batch, out), in the dtype of `base`, or of `x` where there is none.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, A.dtype), lambda_d.dtype)
     A, B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
-    update = lambda_b * F.linear(lambda_d * F.linear(F.dropout(x, dropout_p, training).to(dtype), A), B)
-    return update.to(x.dtype) if base_out is None else (base_out + update).to(base_out.dtype)
+    update = lambda_b * F.linear(lambda_d * F.linear(F.dropout(x, dropout_p).to(dtype), A), B)
+    return update.to(x.dtype) if base is None else (base + update).to(base.dtype)
 
 
-def _add_update(x: Tensor, base_out: Tensor | None, A: Tensor, B: Tensor, dropout_p: float, training: bool) -> Tensor:
+def _add_update(x: Tensor, base: Tensor | None, A: Tensor, B: Tensor, dropout_p: float) -> Tensor:
     dtype = torch.promote_types(x.dtype, A.dtype)
-    update = F.linear(F.linear(F.dropout(x, dropout_p, training).to(dtype), A.to(dtype)), B.to(dtype))
-    return update.to(x.dtype) if base_out is None else (base_out + update).to(base_out.dtype)
+    update = F.linear(F.linear(F.dropout(x, dropout_p).to(dtype), A.to(dtype)), B.to(dtype))
+    return update.to(x.dtype) if base is None else (base + update).to(base.dtype)

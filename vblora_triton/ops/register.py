@@ -1,6 +1,9 @@
-"""How an operator is defined: schema, implementation, fake and, where it is differentiable, autograd formula."""
+"""How an operator is defined, from one description: schema, implementation, fake, torch.autograd.Function, gradient."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -8,49 +11,131 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vblora_triton.ops.support import no_autocast
+from vblora_triton.ops import modes
 
 _library = torch.library.Library("vblora_triton", "DEF")
 
 
-def define(name: str, arguments: str, returns: str, implementation: Callable, fake: Callable) -> None:
-    """Define the operator `vblora_triton::name(arguments) -> returns`; autograd does not look inside it."""
-    _library.define(f"{name}({arguments}) -> {returns}")
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"vblora_triton::{name}", fake, lib=_library)
+class Operator:
+    """An operator `vblora_triton::name(arguments) -> returns`; autograd does not look inside it.
 
-
-def define_differentiable(name: str, arguments: str, function: Any, fwd: str, fwd_fake: Callable) -> None:
-    """Define the operator `name`, which returns the first, or the only, result of the operator `fwd`.
-
-    Its gradient is that of `function`, a torch.autograd.Function that calls operators opaque to the compiler. As the
-    implementation for the Autograd key this is the cheapest form that torch.compile and opcheck accept.
+    Args:
+        implementation: what it runs, on a GPU and under Triton's interpreter.
+        fake: the same without values, which is all that a compiler runs.
     """
 
-    def first(results: Any) -> Tensor:
-        return results if isinstance(results, Tensor) else results[0]
+    def __init__(self, name: str, arguments: str, returns: str, implementation: Callable, fake: Callable) -> None:
+        _library.define(f"{name}({arguments}) -> {returns}")
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, implementation, key)
+        torch.library.register_fake(f"vblora_triton::{name}", fake, lib=_library)
+        self.unobserved: Callable = implementation
+        self.operator: Callable = getattr(torch.ops.vblora_triton, name)
 
-    def forward(*args: Any) -> Tensor:
-        return first(getattr(torch.ops.vblora_triton, fwd)(*args))
-
-    def autograd(*args: Any) -> Tensor:
-        if forward_ad._current_level >= 0 and any(
-            isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
-        ):
-            raise NotImplementedError(f"{name} has no forward-mode derivative in Triton; use backend='reference'.")
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return function.apply(*args)
-        with below_autograd():
-            return forward(*args)
-
-    define(name, arguments, "Tensor", forward, lambda *args: first(fwd_fake(*args)))
-    _library.impl(name, autograd, "Autograd")
+    def on(self, *tensors: Tensor | None) -> Callable:
+        """Return what to call on these: the implementation or, where somebody observes, the operator that he sees."""
+        return self.unobserved if modes.is_plain(*tensors) else self.operator
 
 
-def below_autograd() -> Any:
-    """Inside the context operators run without a look at autograd."""
-    return torch._C._AutoDispatchBelowAutograd()
+class Differentiable(Operator):
+    """The operators `name`, which has a gradient, and `name_fwd`, which returns y and what backward wants.
+
+    The gradient is a torch.autograd.Function: as the implementation for the Autograd key the cheapest form that
+    torch.compile and opcheck accept, and where nobody observes called as it is.
+
+    Args:
+        arguments: the schema of the arguments.
+        results: the schema of what `name_fwd` returns after y, if anything.
+        allocate: (*arguments) -> room for y.
+        forward: (y, *arguments) -> results, having written y.
+        fake: (y, *arguments) -> results without values.
+        saved: (results, *arguments) -> the tensors, and then the other arguments, of `backward` between dy and `needs`.
+        backward: the operator (dy, *saved, needs) -> those of the gradients that `needs` asks for.
+        gradients: the position among the arguments of each gradient that `backward` can give; None for none.
+        has_base: the second argument is the base's result, or None, to which an update that is linear in x is added:
+            its gradient is dy, and `in_place` writes into it. That is only called where nobody observes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        results: str,
+        *,
+        allocate: Callable[..., Tensor],
+        forward: Callable[..., tuple[Tensor, ...]],
+        fake: Callable[..., tuple[Tensor, ...]],
+        saved: Callable[..., tuple[list[Tensor | None], list[Any]]],
+        backward: Operator,
+        gradients: tuple[int | None, ...],
+        has_base: bool,
+    ) -> None:
+        def whole(*args: Any) -> tuple[Tensor, ...]:
+            y = allocate(*args)
+            return y, *forward(y, *args)
+
+        def whole_fake(*args: Any) -> tuple[Tensor, ...]:
+            y = allocate(*args)
+            return y, *fake(y, *args)
+
+        class Function(torch.autograd.Function):
+            linear_in = 2 if has_base else 0
+
+            @staticmethod
+            def forward(ctx, *args):
+                with modes.below_autograd():
+                    if modes.is_observed():
+                        y, *kept = fwd.operator(*args)
+                    else:
+                        y = allocate(*args)
+                        kept = forward(y, *args)
+                tensors, ctx.rest = saved(kept, *args)
+                ctx.save_for_backward(*tensors)
+                return y
+
+            @staticmethod
+            @first_derivative_only
+            def backward(ctx, dy):
+                needs = [position is not None and ctx.needs_input_grad[position] for position in gradients]
+                grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+                if any(needs):
+                    # Before autograd is left: checkpointing computes them again here, and records that.
+                    kept = ctx.saved_tensors
+                    with modes.below_autograd():
+                        found = backward.on(dy)(dy, *kept, *ctx.rest, needs)
+                    wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
+                    for position, grad in zip(wanted, found, strict=True):
+                        grads[position] = grad  # type: ignore[index]
+                if has_base and ctx.needs_input_grad[1]:
+                    grads[1] = dy
+                return tuple(grads)
+
+        class InPlace(Function):
+            @staticmethod
+            def forward(ctx, x, base, *rest):
+                with modes.below_autograd():
+                    kept = forward(base, x, base, *rest)
+                tensors, ctx.rest = saved(kept, x, base, *rest)
+                ctx.save_for_backward(*tensors)
+                ctx.mark_dirty(base)
+                return base
+
+        def autograd(*args: Any) -> Tensor:
+            if forward_ad._current_level >= 0 and any(
+                isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+            ):
+                raise NotImplementedError(f"{name} has no forward-mode derivative in Triton; use backend='reference'.")
+            if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+                return Function.apply(*args)
+            with modes.below_autograd():
+                return fwd.operator(*args)[0]
+
+        results = f"(Tensor y, {results})" if results else "Tensor[]"
+        fwd = Operator(f"{name}_fwd", arguments, results, whole, whole_fake)
+        super().__init__(name, arguments, "Tensor", lambda *args: fwd.operator(*args)[0], allocate)
+        _library.impl(name, autograd, "Autograd")
+        self.unobserved = Function.apply
+        self.in_place: Callable[..., Tensor] = InPlace.apply
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -70,13 +155,18 @@ def first_derivative_only(backward: Callable) -> Callable:
                 "This backend cannot be differentiated twice, which create_graph=True asks for; "
                 "use backend='reference'."
             )
-        with torch.no_grad(), no_autocast(grads[0].device.type):
+        with torch.no_grad(), modes.no_autocast(grads[0].device.type):
             return backward(ctx, *grads)
 
     return checked
 
 
-def scatter(needs: list[bool], grads: list[Tensor]) -> list[Tensor | None]:
-    """Put the gradients that were needed in the places of all."""
-    given = iter(grads)
-    return [next(given) if need else None for need in needs]
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """(*rows, num_vectors) as a matrix whose last dimension is contiguous."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,4 +1,23 @@
-"""The adapted linear as operators, into new memory or into the base layer's output."""
+"""VB-LoRA's kernels as operators: the adapted linear, from logits or from a selection; selection; composition.
+
+`ops` has checked the arguments; nothing here does again. Kernels are imported at the first call, so that importing the
+package needs neither triton nor a GPU.
+
+Forward, of rows x (M, K), with A (r, K) and B (N, r) put together from mixtures sum_k w_k bank[index_k]:
+
+    s = dropout(x) A^T          (M, r)
+    y = base + s B^T            (M, N)
+
+Backward, from dy (M, N), in one pass over dy, one over x, and one launch for the parameters:
+
+    ds = dy B                   dB = dy^T s
+    dx = dropout'(ds A)         dA = ds^T dropout(x)
+    g_k = d . bank[index_k]     for the gradient d, of dA or dB, of each mixture
+    dlogits[index_k] = w_k (g_k - sum_j w_j g_j)      zero elsewhere
+    dbank[index_k] += w_k d                           over all mixtures
+"""
+
+from __future__ import annotations
 
 import math
 from typing import Any
@@ -6,319 +25,316 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vblora_triton.ops.register import (
-    below_autograd,
-    define,
-    define_differentiable,
-    first_derivative_only,
-    scatter,
-)
-from vblora_triton.ops.support import as_rows, on_device
+from vblora_triton.ops.reference import Selection
+from vblora_triton.ops.register import Differentiable, Operator, as_rows, on_device
 
-# indices_A, weights_A: (r, in/b, topk), int32 and fp32; indices_B, weights_B: (out/b, r, topk).
-Selection = tuple[Tensor, Tensor, Tensor, Tensor]
+_SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
+_DROPOUT = "float dropout_p, Tensor? seed"
 
 
 def _empty_selection(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
-    shape_A, shape_B = (*logits_A.shape[:-1], topk), (*logits_B.shape[:-1], topk)
-    return (
-        logits_A.new_empty(shape_A, dtype=torch.int32),
-        logits_A.new_empty(shape_A, dtype=torch.float32),
-        logits_A.new_empty(shape_B, dtype=torch.int32),
-        logits_A.new_empty(shape_B, dtype=torch.float32),
+    return Selection(
+        *(
+            logits_A.new_empty((*logits.shape[:-1], topk), dtype=dtype)
+            for logits in (logits_A, logits_B)
+            for dtype in (torch.int32, torch.float32)
+        )
     )
-
-
-def products(
-    x: Tensor,
-    base_out: Tensor | None,
-    selection: Selection,
-    logits: tuple[Tensor, Tensor] | None,
-    vector_bank: Tensor,
-    r: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    out: Tensor,
-) -> Tensor:
-    """out = base_out + dropout(x) A^T B^T; from the selection, or writing it, where `logits` are given. Returns s."""
-    from vblora_triton.kernels.expand import launch_expand_fwd
-    from vblora_triton.kernels.select import Selected
-    from vblora_triton.kernels.shrink import Dropout, launch_shrink_fwd
-
-    x_rows, N = x.reshape(-1, x.shape[-1]), out.shape[-1]
-    base_rows = None if base_out is None else base_out.reshape(-1, N)
-    selected_A, selected_B = Selected(*selection[:2]), Selected(*selection[2:])
-    logits_A, logits_B = (None, None) if logits is None else map(as_rows, logits)
-    bank = vector_bank.contiguous()
-    planes = launch_shrink_fwd(x_rows, bank, selected_A, logits_A, r, Dropout.of(dropout_p, seed))
-    return launch_expand_fwd(planes, base_rows, bank, selected_B, logits_B, out.view(-1, N))
-
-
-def _forward(
-    x: Tensor,
-    base_out: Tensor | None,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from vblora_triton.kernels.tuning import FEW_ROWS
-
-    r = logits_A.shape[0]
-    if x.numel() == 0 or out.numel() == 0:
-        # Nothing to multiply, no launch: backward looks at none of these either.
-        without_update(out, base_out)
-        return _forward_fake_(x, out, logits_A, logits_B, vector_bank, topk, dropout_p, seed)
-    with on_device(x.device):
-        logits = None
-        if x.numel() <= FEW_ROWS * x.shape[-1]:
-            logits = (logits_A, logits_B)
-            selection = _empty_selection(logits_A, logits_B, topk)
-        else:
-            selection = _select(logits_A, logits_B, topk)
-        s = products(x, base_out, selection, logits, vector_bank, r, dropout_p, seed, out)
-    return s, *selection
-
-
-def without_update(out: Tensor, base_out: Tensor | None) -> Tensor:
-    return out.zero_() if base_out is None else out.copy_(base_out)
-
-
-def _linear_fwd(
-    x: Tensor,
-    base_out: Tensor | None,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, ...]:
-    out = empty_out(x, base_out, logits_B.shape[0] * vector_bank.shape[1])
-    return out, *_forward(x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed, out)
-
-
-def empty_out(x: Tensor, base_out: Tensor | None, N: int) -> Tensor:
-    return (x if base_out is None else base_out).new_empty((*x.shape[:-1], N))
-
-
-def _linear_fwd_fake(
-    x: Tensor,
-    base_out: Tensor | None,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, ...]:
-    out = empty_out(x, base_out, logits_B.shape[0] * vector_bank.shape[1])
-    return out, *_forward_fake_(x, out, logits_A, logits_B, vector_bank, topk, dropout_p, seed)
-
-
-def _linear_fwd_(
-    x: Tensor,
-    base_out: Tensor,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed, base_out)
-
-
-def _forward_fake_(
-    x: Tensor,
-    base_out: Tensor,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    s = x.new_empty((math.prod(x.shape[:-1]), logits_A.shape[0]), dtype=torch.float32)
-    return s, *_empty_selection(logits_A, logits_B, topk)
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    indices_A: Tensor,
-    weights_A: Tensor,
-    indices_B: Tensor,
-    weights_B: Tensor,
-    vector_bank: Tensor,
-    dtype_A: torch.dtype,
-    dtype_B: torch.dtype,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order."""
-    from vblora_triton.kernels.expand import launch_expand_bwd
-    from vblora_triton.kernels.parameters import launch_parameter_grads, launch_sum_planes
-    from vblora_triton.kernels.select import Selected
-    from vblora_triton.kernels.shrink import Dropout, launch_shrink_bwd
-
-    need_x, need_logits_A, need_logits_B, need_bank = needs
-    need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
-    if x.numel() == 0 or dy.numel() == 0:
-        empty = _backward_fake(
-            dy, x, s, indices_A, weights_A, indices_B, weights_B, vector_bank, dtype_A, dtype_B, dropout_p, seed, needs
-        )
-        return [grad.zero_() for grad in empty]
-    x_rows, dy_rows, bank = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), vector_bank.contiguous()
-    selected_A, selected_B = Selected(indices_A, weights_A), Selected(indices_B, weights_B)
-    # Of x's shape from the start: a view of it autograd could not add to in place.
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
-    dA = None
-    with on_device(x.device):
-        ds_planes, dB = launch_expand_bwd(dy_rows, s, bank, selected_B, need_ds=need_x or need_dA, need_dB=need_dB)
-        if ds_planes is not None:
-            dropout = Dropout.of(dropout_p, seed)
-            ds = launch_sum_planes(ds_planes)
-            dx_rows = None if dx is None else dx.view(x_rows.shape)
-            dA = launch_shrink_bwd(x_rows, ds, bank, selected_A, dropout, dx_rows, need_dA=need_dA)
-        grads = launch_parameter_grads(
-            dA,
-            dB,
-            bank,
-            selected_A,
-            selected_B,
-            _logits_shapes(indices_A, indices_B, vector_bank),
-            (dtype_A, dtype_B),
-            need_logits_A=need_logits_A,
-            need_logits_B=need_logits_B,
-            need_bank=need_bank,
-        )
-    return [g for g in (dx, *grads) if g is not None]
-
-
-def _logits_shapes(indices_A: Tensor, indices_B: Tensor, bank: Tensor) -> tuple[torch.Size, torch.Size]:
-    return torch.Size((*indices_A.shape[:2], bank.shape[0])), torch.Size((*indices_B.shape[:2], bank.shape[0]))
-
-
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    indices_A: Tensor,
-    weights_A: Tensor,
-    indices_B: Tensor,
-    weights_B: Tensor,
-    vector_bank: Tensor,
-    dtype_A: torch.dtype,
-    dtype_B: torch.dtype,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    shape_A, shape_B = _logits_shapes(indices_A, indices_B, vector_bank)
-    like = ((x.shape, x.dtype), (shape_A, dtype_A), (shape_B, dtype_B), (vector_bank.shape, vector_bank.dtype))
-    return [x.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(like, needs, strict=True) if need]
-
-
-def save(ctx: Any, x: Tensor, vector_bank: Tensor, seed: Tensor | None, dropout_p: float, *results: Tensor) -> None:
-    ctx.save_for_backward(x, *results, vector_bank, seed)
-    ctx.dropout_p = dropout_p
-
-
-def gradients(ctx: Any, dy: Tensor, needs: list[bool], dtypes: tuple[torch.dtype, torch.dtype]) -> list[Tensor | None]:
-    """The gradients of x, logits_A, logits_B and vector_bank; None where not needed."""
-    if not any(needs):
-        return [None] * 4
-    *saved, seed = ctx.saved_tensors
-    with below_autograd():
-        grads = torch.ops.vblora_triton.vblora_linear_bwd(dy, *saved, *dtypes, ctx.dropout_p, seed, needs)
-    return scatter(needs, grads)
-
-
-class _Linear(torch.autograd.Function):
-    linear_in = 2
-
-    @staticmethod
-    def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed):
-        with below_autograd():
-            y, *results = torch.ops.vblora_triton.vblora_linear_fwd(
-                x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed
-            )
-        save(ctx, x, vector_bank, seed, dropout_p, *results)
-        ctx.dtypes = (logits_A.dtype, logits_B.dtype)
-        return y
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, dy):
-        need_x, need_base, *need_parameters = ctx.needs_input_grad[:5]
-        dx, *grads = gradients(ctx, dy, [need_x, *need_parameters], ctx.dtypes)
-        return dx, dy if need_base else None, *grads, None, None, None
-
-
-class _LinearInPlace(_Linear):
-    @staticmethod
-    def forward(ctx, x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed):
-        with below_autograd():
-            results = torch.ops.vblora_triton.vblora_linear_fwd_(
-                x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed
-            )
-        save(ctx, x, vector_bank, seed, dropout_p, *results)
-        ctx.dtypes = (logits_A.dtype, logits_B.dtype)
-        ctx.mark_dirty(base_out)
-        return base_out
-
-
-def linear_(
-    x: Tensor,
-    base_out: Tensor,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """`torch.ops.vblora_triton.vblora_linear`, written into base_out, which is contiguous. Not for torch.compile."""
-    return _LinearInPlace.apply(x, base_out, logits_A, logits_B, vector_bank, topk, dropout_p, seed)
 
 
 def _select(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
     from vblora_triton.kernels.select import launch_select
 
     with on_device(logits_A.device):
-        selected = launch_select(as_rows(logits_A), as_rows(logits_B), topk)
-    return tuple(  # type: ignore[return-value]
-        t.view(*logits.shape[:-1], topk)
-        for logits, pair in zip((logits_A, logits_B), selected, strict=True)
-        for t in pair
-    )
+        found = launch_select(as_rows(logits_A), as_rows(logits_B), topk)
+    shapes = (logits_A.shape[:-1],) * 2 + (logits_B.shape[:-1],) * 2
+    return Selection(*(t.view(*shape, topk) for t, shape in zip(found, shapes, strict=True)))
 
 
-_PARAMETERS = "Tensor logits_A, Tensor logits_B, Tensor vector_bank, int topk, float dropout_p, Tensor? seed"
-_LINEAR = "Tensor x, Tensor? base_out, " + _PARAMETERS
-SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
-
-define("vblora_select", "Tensor logits_A, Tensor logits_B, int topk", f"({SELECTION})", _select, _empty_selection)
-define("vblora_linear_fwd", _LINEAR, f"(Tensor y, Tensor s, {SELECTION})", _linear_fwd, _linear_fwd_fake)
-define(
-    "vblora_linear_fwd_",
-    "Tensor x, Tensor(a!) base_out, " + _PARAMETERS,
-    f"(Tensor s, {SELECTION})",
-    _linear_fwd_,
-    _forward_fake_,
+select = Operator(
+    "vblora_select", "Tensor logits_A, Tensor logits_B, int topk", f"({_SELECTION})", _select, _empty_selection
 )
-define(
+
+
+def _linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    indices_A: Tensor,
+    weights_A: Tensor,
+    indices_B: Tensor,
+    weights_B: Tensor,
+    vector_bank: Tensor,
+    seed: Tensor | None,
+    dtype_A: torch.dtype,
+    dtype_B: torch.dtype,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order."""
+    from vblora_triton.kernels.dropout import Dropout
+    from vblora_triton.kernels.expand import launch_expand_bwd
+    from vblora_triton.kernels.parameters import launch_parameter_grads
+    from vblora_triton.kernels.partials import launch_sum_partials
+    from vblora_triton.kernels.shrink import launch_shrink_bwd
+
+    selection = Selection(indices_A, weights_A, indices_B, weights_B)
+    need_x, need_logits_A, need_logits_B, need_bank = needs
+    need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
+    if x.numel() == 0 or dy.numel() == 0:
+        nothing = _linear_bwd_fake(dy, x, s, *selection, vector_bank, seed, dtype_A, dtype_B, dropout_p, needs)
+        return [grad.zero_() for grad in nothing]
+    x_rows, dy_rows, bank = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), vector_bank.contiguous()
+    # Of x's shape from the start: a view of it autograd could not add to in place.
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    dA = None
+    with on_device(x.device):
+        ds, dB = launch_expand_bwd(
+            dy_rows, s, bank, indices_B, weights_B, need_ds=need_x or need_dA, need_dB=need_dB
+        )  # fmt: skip
+        if ds is not None:
+            dropout, dx_rows = Dropout.of(dropout_p, seed), None if dx is None else dx.view(x_rows.shape)
+            ds = launch_sum_partials(ds)
+            dA = launch_shrink_bwd(x_rows, ds, bank, indices_A, weights_A, dropout, dx_rows, need_dA=need_dA)
+        grads = launch_parameter_grads(
+            dA,
+            dB,
+            bank,
+            selection,
+            _logits_shapes(selection, vector_bank),
+            (dtype_A, dtype_B),
+            need_logits_A=need_logits_A,
+            need_logits_B=need_logits_B,
+            need_bank=need_bank,
+        )
+    return [grad for grad in (dx, *grads) if grad is not None]
+
+
+def _logits_shapes(selection: Selection, bank: Tensor) -> tuple[torch.Size, torch.Size]:
+    shape_A, shape_B = ((*t.shape[:2], bank.shape[0]) for t in (selection.indices_A, selection.indices_B))
+    return torch.Size(shape_A), torch.Size(shape_B)
+
+
+def _linear_bwd_fake(dy: Tensor, x: Tensor, s: Tensor, *rest: Any) -> list[Tensor]:
+    *selection, bank, _, dtype_A, dtype_B, _, needs = rest
+    shapes = (x.shape, *_logits_shapes(Selection(*selection), bank), bank.shape)
+    like = zip(shapes, (x.dtype, dtype_A, dtype_B, bank.dtype), needs, strict=True)
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype, need in like if need]
+
+
+_linear_grads = Operator(
     "vblora_linear_bwd",
-    f"Tensor dy, Tensor x, Tensor s, {SELECTION}, Tensor vector_bank, ScalarType dtype_A, ScalarType dtype_B, "
-    "float dropout_p, Tensor? seed, bool[] needs",
+    f"Tensor dy, Tensor x, Tensor s, {_SELECTION}, Tensor vector_bank, Tensor? seed, ScalarType dtype_A, "
+    "ScalarType dtype_B, float dropout_p, bool[] needs",
     "Tensor[]",
-    _backward,
-    _backward_fake,
+    _linear_bwd,
+    _linear_bwd_fake,
 )
-define_differentiable("vblora_linear", _LINEAR, _Linear, "vblora_linear_fwd", _linear_fwd_fake)
+
+
+def _new_y(x: Tensor, base: Tensor | None, of_B: Tensor, vector_bank: Tensor) -> Tensor:
+    return (x if base is None else base).new_empty((*x.shape[:-1], of_B.shape[0] * vector_bank.shape[1]))
+
+
+def _linear_fake(
+    y: Tensor, x: Tensor, base: Tensor | None, logits_A: Tensor, logits_B: Tensor, bank: Tensor, topk: int, *_: Any
+) -> tuple[Tensor, ...]:
+    s = x.new_empty((math.prod(x.shape[:-1]), logits_A.shape[0]), dtype=torch.float32)
+    return s, *_empty_selection(logits_A, logits_B, topk)
+
+
+def _linear_fwd(
+    y: Tensor,
+    x: Tensor,
+    base: Tensor | None,
+    logits_A: Tensor,
+    logits_B: Tensor,
+    vector_bank: Tensor,
+    topk: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Write y; return s and the selection."""
+    from vblora_triton.kernels.dropout import Dropout
+    from vblora_triton.kernels.expand import launch_expand_fwd
+    from vblora_triton.kernels.select import launch_select
+    from vblora_triton.kernels.shrink import launch_shrink_fwd
+    from vblora_triton.kernels.tuning import FEW_ROWS
+
+    if x.numel() == 0 or y.numel() == 0:
+        # Nothing to multiply, and no launch: backward looks at none of these either.
+        _write_base(y, base)
+        return _linear_fake(y, x, base, logits_A, logits_B, vector_bank, topk)
+    rows_A, rows_B = as_rows(logits_A), as_rows(logits_B)
+    with on_device(x.device):
+        if x.numel() <= FEW_ROWS * x.shape[-1]:
+            # The products select on the way, and write the selection.
+            selection: Any = _empty_selection(logits_A, logits_B, topk)
+            logits: tuple[Tensor | None, Tensor | None] = (rows_A, rows_B)
+        else:
+            selection, logits = launch_select(rows_A, rows_B, topk), (None, None)
+        indices_A, weights_A, indices_B, weights_B = selection
+        x_rows, base_rows, y_rows = _as_matrices(x, base, y)
+        bank, dropout = vector_bank.contiguous(), Dropout.of(dropout_p, seed)
+        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, logits[0], logits_A.shape[0], dropout)
+        s = launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, logits[1], y_rows)
+    shapes = (logits_A.shape[:-1],) * 2 + (logits_B.shape[:-1],) * 2
+    return s, *(t.view(*shape, topk) for t, shape in zip(selection, shapes, strict=True))
+
+
+def _write_base(y: Tensor, base: Tensor | None) -> None:
+    if base is None:
+        y.zero_()
+    else:
+        y.copy_(base)
+
+
+def _as_matrices(x: Tensor, base: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    N = y.shape[-1]
+    return x.reshape(-1, x.shape[-1]), None if base is None else base.reshape(-1, N), y.view(-1, N)
+
+
+def _linear_saved(kept: Any, x: Tensor, base: Tensor | None, logits_A: Tensor, logits_B: Tensor, *rest: Any) -> Any:
+    vector_bank, _, dropout_p, seed = rest
+    return [x, *kept, vector_bank, seed], [logits_A.dtype, logits_B.dtype, dropout_p]
+
+
+linear = Differentiable(
+    "vblora_linear",
+    f"Tensor x, Tensor? base, Tensor logits_A, Tensor logits_B, Tensor vector_bank, int topk, {_DROPOUT}",
+    f"Tensor s, {_SELECTION}",
+    allocate=lambda x, base, logits_A, logits_B, vector_bank, *_: _new_y(x, base, logits_B, vector_bank),
+    forward=_linear_fwd,
+    fake=_linear_fake,
+    saved=_linear_saved,
+    backward=_linear_grads,
+    gradients=(0, 2, 3, 4),
+    has_base=True,
+)
+
+
+def _selected_fake(y: Tensor, x: Tensor, base: Tensor | None, indices_A: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (x.new_empty((math.prod(x.shape[:-1]), indices_A.shape[0]), dtype=torch.float32),)
+
+
+def _selected_fwd(
+    y: Tensor,
+    x: Tensor,
+    base: Tensor | None,
+    indices_A: Tensor,
+    weights_A: Tensor,
+    indices_B: Tensor,
+    weights_B: Tensor,
+    vector_bank: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Write y; return s."""
+    from vblora_triton.kernels.dropout import Dropout
+    from vblora_triton.kernels.expand import launch_expand_fwd
+    from vblora_triton.kernels.shrink import launch_shrink_fwd
+
+    if x.numel() == 0 or y.numel() == 0:
+        _write_base(y, base)
+        return _selected_fake(y, x, base, indices_A)
+    x_rows, base_rows, y_rows = _as_matrices(x, base, y)
+    bank, dropout = vector_bank.contiguous(), Dropout.of(dropout_p, seed)
+    with on_device(x.device):
+        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, None, indices_A.shape[0], dropout)
+        return (launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, None, y_rows),)
+
+
+def _selected_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> Any:
+    *selection, vector_bank, dropout_p, seed = rest
+    # No gradient of logits is asked for, and so their dtypes do not matter.
+    return [x, *kept, *selection, vector_bank, seed], [torch.float32, torch.float32, dropout_p]
+
+
+linear_selected = Differentiable(
+    "vblora_linear_selected",
+    f"Tensor x, Tensor? base, {_SELECTION}, Tensor vector_bank, {_DROPOUT}",
+    "Tensor s",
+    allocate=lambda x, base, indices_A, weights_A, indices_B, weights_B, vector_bank, *_: _new_y(
+        x, base, indices_B, vector_bank
+    ),
+    forward=_selected_fwd,
+    fake=_selected_fake,
+    saved=_selected_saved,
+    backward=_linear_grads,
+    gradients=(0, None, None, 6),
+    has_base=True,
+)
+
+
+def _compose_fwd(out: Tensor, logits: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, ...]:
+    """Write the mixtures; return the selection."""
+    from vblora_triton.kernels.compose import launch_compose_fwd
+    from vblora_triton.kernels.select import launch_select
+
+    rows = as_rows(logits)
+    with on_device(logits.device):
+        indices, weights, _, _ = launch_select(rows, rows[:0], topk)
+        launch_compose_fwd(vector_bank.contiguous(), indices, weights, out.view(len(rows), vector_bank.shape[1]))
+    return indices, weights
+
+
+def _compose_fake(out: Tensor, logits: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, ...]:
+    shape = (math.prod(logits.shape[:-1]), topk)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
+
+
+def _compose_bwd(
+    d_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    vector_bank: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients of logits and vector_bank that `needs` asks for, in this order."""
+    from vblora_triton.kernels.parameters import launch_parameter_grads
+
+    rows, h = indices.shape[0], vector_bank.shape[0]
+    # The rows are those of one A of rank 1, as wide as all mixtures together.
+    with on_device(d_out.device):
+        d_logits, _, d_bank = launch_parameter_grads(
+            d_out.reshape(1, 1, -1).float().contiguous(),
+            None,
+            vector_bank.contiguous(),
+            (indices, weights, indices, weights),
+            (torch.Size((1, rows, h)), torch.Size((0, 1, h))),
+            (dtype, dtype),
+            need_logits_A=needs[0],
+            need_logits_B=False,
+            need_bank=needs[1],
+        )
+    return [grad for grad in (None if d_logits is None else d_logits.view(shape), d_bank) if grad is not None]
+
+
+def _compose_bwd_fake(
+    d_out: Tensor, indices: Tensor, weights: Tensor, bank: Tensor, shape: list[int], dtype: torch.dtype, needs: Any
+) -> list[Tensor]:
+    grads = (d_out.new_empty(tuple(shape), dtype=dtype), torch.empty_like(bank))
+    return [grad for grad, need in zip(grads, needs, strict=True) if need]
+
+
+compose = Differentiable(
+    "compose",
+    "Tensor logits, Tensor vector_bank, int topk",
+    "Tensor indices, Tensor weights",
+    allocate=lambda logits, vector_bank, topk: vector_bank.new_empty((*logits.shape[:-1], vector_bank.shape[1])),
+    forward=_compose_fwd,
+    fake=_compose_fake,
+    saved=lambda kept, logits, vector_bank, topk: ([*kept, vector_bank], [logits.shape, logits.dtype]),
+    backward=Operator(
+        "compose_bwd",
+        "Tensor d_out, Tensor indices, Tensor weights, Tensor vector_bank, SymInt[] shape, ScalarType dtype, "
+        "bool[] needs",
+        "Tensor[]",
+        _compose_bwd,
+        _compose_bwd_fake,
+    ),
+    gradients=(0, 1),
+    has_base=False,
+)

@@ -7,26 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vblora_triton.ops import modes
 from vblora_triton.tuner.layer import MergingLayer
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Say whether these are ordinary tensors in an ordinary call: no mode, transform or trace looks on.
-
-    Under any of them a result must not outlive the call, nor memory be written that somebody may have noted.
-    """
-    for tensor in tensors:
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-            return False
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def may_write(base_layer: nn.Module, result: Tensor) -> bool:
+def may_write(base_layer: nn.Module, base: Tensor) -> bool:
     """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
 
     It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that it is
@@ -34,12 +19,12 @@ def may_write(base_layer: nn.Module, result: Tensor) -> bool:
     """
     return (
         type(base_layer) is nn.Linear
-        and is_plain(result)
+        and modes.is_plain(base)
         and "forward" not in vars(base_layer)
         and not base_layer._forward_hooks
         and not torch.nn.modules.module._global_forward_hooks
-        and result._base is None
-        and result.is_contiguous()
+        and base._base is None
+        and base.is_contiguous()
     )
 
 
@@ -53,8 +38,8 @@ class AdaptedLinear(nn.Linear, MergingLayer):
 
     training: bool
 
-    def _add_update(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """Return the base layer's result with an adapter's update added; `may_write` says if into `result` itself."""
+    def _add_update(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
+        """Return the base layer's result with an adapter's update added; `may_write` says if into `base` itself."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -69,11 +54,11 @@ class AdaptedLinear(nn.Linear, MergingLayer):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
         for adapter in self.active_adapters:
             if adapter in self.r and adapter not in self.merged_adapters:
-                result = self._add_update(adapter, x, result)
-        return result
+                y = self._add_update(adapter, x, y)
+        return y
 
     def _op_options(self, dropout: nn.Module) -> dict[str, Any]:
         """Return what every op takes by keyword, with the probability of an nn.Dropout, or none of an nn.Identity."""

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from vblora_triton import ops
-from vblora_triton.tuner.linear import is_plain
-
-
-class _State(NamedTuple):
-    """A tensor's identity, memory and version; as long as all three hold, so do its values."""
-
-    tensor: weakref.ref[Tensor]
-    storage: StorageWeakRef
-    version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _State:
-        return cls(weakref.ref(tensor), StorageWeakRef(tensor.untyped_storage()), tensor._version)
-
-    def holds(self, tensor: Tensor) -> bool:
-        # While the weak reference lives, no other storage has its address.
-        same_memory = self.storage.cdata == tensor.untyped_storage()._cdata
-        return self.tensor() is tensor and same_memory and self.version == tensor._version
+from vblora_triton.ops.modes import TensorState, is_plain
 
 
 class SelectionCache:
@@ -39,7 +18,7 @@ class SelectionCache:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[_State, _State, int, ops.Selection]] = {}
+        self._known: dict[str, tuple[TensorState, TensorState, int, ops.Selection]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # Copies and pickles start empty.
@@ -56,7 +35,7 @@ class SelectionCache:
         known = self._known.get(adapter)
         if known is None or not (known[0].holds(logits_A) and known[1].holds(logits_B) and known[2] == topk):
             selection = ops.select(logits_A, logits_B, topk, backend=backend)
-            known = (_State.of(logits_A), _State.of(logits_B), topk, selection)
+            known = (TensorState.of(logits_A), TensorState.of(logits_B), topk, selection)
             self._known[adapter] = known
         return known[3]
 

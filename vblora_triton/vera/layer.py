@@ -12,8 +12,8 @@ from vblora_triton import ops
 from vblora_triton.tuner.config import check_int
 from vblora_triton.tuner.layer import MergingLayer
 from vblora_triton.tuner.linear import AdaptedLinear, may_write
+from vblora_triton.vera import input_cache
 from vblora_triton.vera.config import VeraConfig
-from vblora_triton.vera.input_cache import shared_projection
 from vblora_triton.vera.projection import ProjectionDict
 
 
@@ -165,16 +165,21 @@ class Linear(AdaptedLinear, VeraLayer):
         self.train(base_layer.training)
         self.update_layer(adapter_name, vera_A, vera_B, config.r if r is None else r, config=config)
 
-    def _add_update(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def _add_update(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
         A, B = self._projections(adapter, x.device)
-        op = ops.vera_linear_ if may_write(self.base_layer, result) else ops.vera_linear
+        op = ops.vera_linear_ if may_write(self.base_layer, base) else ops.vera_linear
         lambdas = (self.vera_lambda_b[adapter], self.vera_lambda_d[adapter])
         options = self._op_options(self.vera_dropout[adapter])
         # A hook before the layer may have written into x and left no trace of it.
         plain = not self._forward_pre_hooks and A is self.vera_A[adapter]
-        if plain and not (options["training"] and options["dropout_p"]):
-            options["projection"] = shared_projection(x, A, result, self.backend)
-        return op(x, result, *lambdas, A, B, **options)
+        dropped = options["training"] and options["dropout_p"]
+        if plain and not dropped and input_cache.may_share(x, base, self.backend):
+            projected = input_cache.find(x, A, base)
+            if projected is None:
+                projected = ops.vera_project(x, A, base, backend=self.backend)
+                input_cache.keep(x, A, base, projected)
+            options["projected"] = projected
+        return op(x, base, *lambdas, A, B, **options)
 
     def _projections(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         A, B = self.vera_A[adapter], self.vera_B[adapter]

@@ -14,7 +14,7 @@ from vblora_triton.tuner.layer import linear_features
 from vblora_triton.tuner.model import BaseTuner
 from vblora_triton.tuner.targets import LORA_TARGETS, find_targets
 from vblora_triton.vera.config import VeraConfig
-from vblora_triton.vera.input_cache import shared_projections
+from vblora_triton.vera.input_cache import shared_inputs
 from vblora_triton.vera.layer import Linear, VeraLayer
 from vblora_triton.vera.projection import ProjectionDict, draw_projections
 
@@ -105,7 +105,7 @@ class VeraModel(BaseTuner):
 
     def running(self) -> AbstractContextManager[Any]:
         """Return a context in which layers share what they project of one input."""
-        return nullcontext() if torch.compiler.is_compiling() else shared_projections()
+        return nullcontext() if torch.compiler.is_compiling() else shared_inputs()
 
     @classmethod
     def adapter_shapes(cls, plan: InjectionPlan) -> dict[str, tuple[int, ...]]:

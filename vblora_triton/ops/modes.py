@@ -1,0 +1,92 @@
+"""What torch is doing around a call, and whether a tensor is what it was: each question asked in one place.
+
+Most of it torch keeps private. Nothing else in the package looks there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+def is_transformed() -> bool:
+    """Say whether a transform of torch.func, or a forward-mode derivative, is under way.
+
+    Only plain PyTorch has derivatives of every kind. A compiler traces what it then runs without them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """Say whether somebody records, replaces or transforms the operators that run.
+
+    A compiler, torch.jit.trace, a mode (FlopCounterMode and selective checkpointing see only operators that they know,
+    FakeTensorMode runs none of them), torch.func, forward-mode derivatives.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Say whether these are ordinary tensors, or None, in a call that nobody observes.
+
+    Else a result must not outlive the call, nor memory be written that somebody may have noted.
+    """
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter and tensor is not None:
+            return False
+    return not is_observed()
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Inside the context products keep their own dtypes: autocast is for the base model."""
+    # The meta device has no autocast to ask about; torch 2.11 cannot compile torch.amp.is_autocast_available.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """Inside the context operators run without a look at autograd."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+class TensorState(NamedTuple):
+    """A tensor's identity, memory and version: as long as all of them hold, so do its values.
+
+    A write through `.data` to the same memory is not seen, nor is one by a fused optimizer.
+    """
+
+    tensor: weakref.ref[Tensor]
+    storage: StorageWeakRef
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorState:
+        """Return the state of an ordinary tensor that was not made in inference mode."""
+        storage = StorageWeakRef(tensor.untyped_storage())
+        return cls(weakref.ref(tensor), storage, tensor.data_ptr(), tensor._version)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Say whether this is the tensor, unchanged."""
+        return (
+            self.tensor() is tensor
+            and self.version == tensor._version
+            and self.address == tensor.data_ptr()
+            # While the weak reference lives, no other storage has its address.
+            and self.storage.cdata == tensor.untyped_storage()._cdata
+        )
