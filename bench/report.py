@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import Record, load
-from bench.table import by_case
+from bench.table import by_case, number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -38,10 +38,6 @@ def files(folder: Path) -> list[tuple[str, dict[str, Any], list[Record]]]:
     return found
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def _commit(commit: str) -> str:
     """Short, but still said to be dirty."""
     return commit.removesuffix("-dirty")[:12] + ("-dirty" if commit.endswith("-dirty") else "")
@@ -50,13 +46,9 @@ def _commit(commit: str) -> str:
 def _line(record: Record) -> str:
     if record.status != "ok":
         return f"| {record.provider} | {record.status} | | | | |"
-    memory = "" if record.peak_mib is None else f"{record.peak_mib:,.0f}"
-    launches = "" if record.launches is None else str(record.launches)
-    time = f"{record.median_ms:.3f}" if record.median_ms is not None else ""
-    return (
-        f"| {record.provider} | {time} | {_ratio(record.ratio_to_base)} | {_ratio(record.ratio_to_peft)} "
-        f"| {launches} | {memory} |"
-    )
+    ratios = f"{number(record.ratio_to_base, 2)} | {number(record.ratio_to_peft, 2)}"
+    counted = f"{number(record.launches, 0)} | {number(record.peak_mib, 0)}"
+    return f"| {record.provider} | {number(record.median_ms)} | {ratios} | {counted} |"
 
 
 def _pictures(folder: Path, root: Path) -> list[str]:
