@@ -55,7 +55,6 @@ fix: $(VENV)/.installed
 # `make bench BENCH="block --json bench/results/block.json"`; `python -m bench --help` has the options.
 bench: $(INSTALLED)
 	$(PY) -m bench $(BENCH)
-	$(PY) -m bench.pytest_cpu
 
 report: $(INSTALLED)
 	$(PY) -m bench.report

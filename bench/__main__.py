@@ -149,7 +149,7 @@ def run_on_cpu(options: argparse.Namespace, work: list[Work]) -> int:
             results.add(records)
     show_ratios(results.records)
     print("\nThe kernels under Triton's interpreter, outputs and gradients against float64:", flush=True)
-    code = cpu.interpret_elsewhere()
+    code = cpu.with_interpreter("bench.cpu")
     return finish(options, results) or code
 
 

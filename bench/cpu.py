@@ -38,12 +38,9 @@ COMPARED = (_BY_NAME[BASE], Provider("ours", ours("auto")), _BY_NAME[EAGER_PEFT]
 
 
 def work_on_cpu(wanted: Callable[[str], bool], suites: Sequence[str] = SUITES) -> list[Work]:
-    """What `compare` has to do: a linear, a step of a small Llama, its files; of these what is wanted by its id."""
-
-    def by_either_id(identifier: str) -> bool:
-        return wanted(PREFIX + identifier) or wanted(identifier)
-
-    return work_of([case for suite in SUITES if suite in suites for case in on_cpu(suite)], by_either_id)
+    """What `compare` has to do: a linear, a step of a small Llama, its files; of these what is wanted by either id."""
+    cases = [case for suite in SUITES if suite in suites for case in on_cpu(suite)]
+    return work_of(cases, lambda identifier: wanted(PREFIX + identifier) or wanted(identifier))
 
 
 def compare(effort: Effort, work: Sequence[Work]) -> Iterator[list[Record]]:
@@ -55,13 +52,11 @@ def compare(effort: Effort, work: Sequence[Work]) -> Iterator[list[Record]]:
         yield records
 
 
-def interpret_elsewhere() -> int:
-    """Run `main` in a process of its own, because Triton reads its variable when a kernel is defined."""
-    return with_interpreter("bench.cpu")
-
-
 def with_interpreter(module: str, *arguments: str) -> int:
-    """Run a module under Triton's interpreter, here: paths among the arguments may be relative to this folder."""
+    """Run a module in a process of its own, because Triton reads its variable when a kernel is defined.
+
+    It runs in this folder, which paths among the arguments may be relative to.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode

@@ -148,18 +148,5 @@ def ready(provider: Provider, model: nn.Module, device: Device) -> nn.Module:
     if provider.run == "compiled":
         return device.compiled(model)
     if provider.run == "autocast":
-        return Autocast(model, device.torch_device.type)
+        model.forward = torch.autocast(device.torch_device.type, torch.bfloat16)(model.forward)
     return model
-
-
-class Autocast(nn.Module):
-    """A model under bf16 autocast."""
-
-    def __init__(self, model: nn.Module, device_type: str) -> None:
-        super().__init__()
-        self._orig_mod = model
-        self._device_type = device_type
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self._device_type, torch.bfloat16):
-            return self._orig_mod(*args, **kwargs)

@@ -19,6 +19,8 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 # README shows these; the files have the rest.
 # "all" is a case that failed as a whole.
 SHOWN = ("all", "base", "ours", "ours_graph", "ours_compiled", "peft", "peft_compiled", "peft_patched", "lora_r32")
+# The many cases of single layers are in the files and the pictures.
+SHOWN_SUITES = ("block", "decode", "model")
 NOTHING = (
     "No GPU results yet: the benchmark has not run on one, and nothing is claimed about speed until it has. "
     "`make bench` on a machine with a GPU measures; `make report` puts the tables here."
@@ -51,10 +53,6 @@ def _line(record: Record) -> str:
     return f"| {record.provider} | {number(record.median_ms)} | {ratios} | {counted} |"
 
 
-def _pictures(folder: Path, root: Path) -> list[str]:
-    return [f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in sorted(folder.glob("*.png"))]
-
-
 def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
     """The text between the markers."""
     found = files(folder)
@@ -75,11 +73,8 @@ def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
                 "|---|--:|--:|--:|--:|--:|",
             ]
             blocks.append("\n".join([*lines, *(_line(record) for record in group)]))
-    return "\n\n".join([*blocks, *_pictures(folder, root)])
-
-
-# The many cases of single layers are in the files and the pictures.
-SHOWN_SUITES = ("block", "decode", "model")
+    pictures = [f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in sorted(folder.glob("*.png"))]
+    return "\n\n".join([*blocks, *pictures])
 
 
 def updated(text: str, rendered: str) -> str:
