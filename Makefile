@@ -36,8 +36,9 @@ demo: $(VENV)/.installed
 	$(PY) -m vblora_triton finetune --output build/demo
 
 # The second run has peft, and everything; the first shows that nothing but the comparisons with peft needs it.
+# Benchmarks run once there, as tests; `pytest --benchmark-only tests/bench/test_benchmark.py` times them.
 test: test-without-peft
-	$(PY) -m pytest
+	$(PY) -m pytest --benchmark-disable
 
 test-without-peft: $(VENV)/.installed
 	$(PY) -m pytest -p tests.without_peft $(ADAPTER_TESTS)
