@@ -9,9 +9,9 @@ INSTALLED := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 
 # Where results of `make gpu` go.
 OUT ?= build/gpu
-ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_checkpoint.py tests/test_auto.py \
-	tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora tests/vera \
-	tests/documented tests/integrations
+ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_models.py tests/test_checkpoint.py \
+	tests/test_auto.py tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora \
+	tests/vera tests/documented tests/integrations
 
 .PHONY: help demo test test-without-peft check fix bench report kernels-report peft-suite gpu clean
 
@@ -36,8 +36,9 @@ demo: $(VENV)/.installed
 	$(PY) -m vblora_triton finetune --output build/demo
 
 # The second run has peft, and everything; the first shows that nothing but the comparisons with peft needs it.
+# Benchmarks run once there, as tests; `pytest --benchmark-only tests/bench/test_benchmark.py` times them.
 test: test-without-peft
-	$(PY) -m pytest
+	$(PY) -m pytest --benchmark-disable
 
 test-without-peft: $(VENV)/.installed
 	$(PY) -m pytest -p tests.without_peft $(ADAPTER_TESTS)
@@ -55,7 +56,6 @@ fix: $(VENV)/.installed
 # `make bench BENCH="block --json bench/results/block.json"`; `python -m bench --help` has the options.
 bench: $(INSTALLED)
 	$(PY) -m bench $(BENCH)
-	$(PY) -m bench.pytest_cpu
 
 report: $(INSTALLED)
 	$(PY) -m bench.report

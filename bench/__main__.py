@@ -10,7 +10,6 @@ import argparse
 import fnmatch
 import importlib.util
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +19,12 @@ from typing import Any
 import torch
 
 from bench import cpu
-from bench.cases import SUITES, Case, full, quick, tiny
-from bench.device import Cpu, Cuda, Machine
+from bench.cases import SUITES, full, quick, tiny
+from bench.device import Cpu, Cuda, Device
 from bench.environment import environment
 from bench.floors import H200, Rates, table
 from bench.providers import PROVIDERS, Provider
-from bench.records import Record, Results, check_writable, problems
+from bench.records import Results, check_writable, problems
 from bench.runner import Effort
 from bench.suites import Work, measure, work_of
 from bench.table import progress, show, show_floors, show_ratios
@@ -53,41 +52,31 @@ def wanted(pattern: str) -> Callable[[str], bool]:
     return lambda identifier: pattern in identifier or fnmatch.fnmatch(identifier, pattern)
 
 
-def chosen(options: argparse.Namespace) -> tuple[list[Case], list[Provider]]:
-    """The cases and providers that the options ask for.
+def chosen(options: argparse.Namespace) -> tuple[list[Work], list[Provider], str]:
+    """What the options ask for that can run here, by whom, and what stands before the ids.
 
     Raises:
-        ValueError: a name is unknown.
+        ValueError: a name is unknown, or nothing is left.
     """
     names = {provider.name for provider in PROVIDERS}
     for kind, given, known in (("suite", options.suites, SUITES), ("provider", options.providers or [], names)):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known))}")
-    source = tiny if options.rehearse else quick if options.quick else full
-    cases = [case for suite in SUITES if suite in (options.suites or SUITES) for case in source(suite)]
-    keep = {"base", "peft", *(options.providers or names)}
-    providers = [p for p in PROVIDERS if p.name in keep and not (options.quick and p.run == "compiled")]
-    return cases, providers
-
-
-def work_here(options: argparse.Namespace) -> tuple[list[Work], list[str], str]:
-    """What the options ask for that can run here, the providers' names, and what stands before the ids.
-
-    Raises:
-        ValueError: a name is unknown, or nothing is left.
-    """
-    cases, providers = chosen(options)
-    prefix, names = "", [provider.name for provider in providers]
+    suites = options.suites or SUITES
     if options.rehearse or torch.cuda.is_available():
-        work = work_of(cases, wanted(options.filter))
+        source = tiny if options.rehearse else quick if options.quick else full
+        cases = [case for suite in SUITES if suite in suites for case in source(suite)]
+        keep = {"base", "peft", *(options.providers or names)}
+        providers = [p for p in PROVIDERS if p.name in keep and not (options.quick and p.run == "compiled")]
+        work, prefix = work_of(cases, wanted(options.filter)), ""
     else:
-        prefix, names = cpu.PREFIX, [provider.name for provider in cpu.COMPARED]
-        work = cpu.work_on_cpu(wanted(options.filter), options.suites or SUITES)
+        providers, prefix = list(cpu.COMPARED), cpu.PREFIX
+        work = cpu.work_on_cpu(wanted(options.filter), suites)
     if not work:
         asked = " ".join([*options.suites, *(["--filter", repr(options.filter)] if options.filter else [])])
         raise ValueError(f"no case that runs here matches {asked or 'these options'}; --list prints those that do")
-    return work, names, prefix
+    return work, providers, prefix
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -107,32 +96,29 @@ def check_outputs(options: argparse.Namespace) -> None:
         raise ValueError("--plot wants matplotlib, which is not installed: pip install matplotlib, or leave it out")
 
 
-def header(machine_name: str | None, rates: Rates | None, commit: str | None) -> dict[str, Any]:
+def header(device_name: str | None, rates: Rates | None, commit: str | None) -> dict[str, Any]:
     """What a result was measured on."""
     found = environment(commit)
-    found["machine"] = (
-        machine_name or f"{found['cpu']}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
-    )
+    threads = f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+    found["machine"] = device_name or f"{found['cpu']}, {threads}"
     if rates is not None:
-        found |= {
-            "copy_gb_s": rates.copy * 1e-9,
-            "matmul_tflop_s": rates.matmul * 1e-12,
-            "matmul_fp32_tflop_s": rates.matmul_fp32 * 1e-12,
-        }
+        found["copy_gb_s"] = rates.copy * 1e-9
+        found["matmul_tflop_s"] = rates.matmul * 1e-12
+        found["matmul_fp32_tflop_s"] = rates.matmul_fp32 * 1e-12
     return found
 
 
-def run_suites(options: argparse.Namespace, machine: Machine, effort: Effort) -> list[Record]:
-    """Measure what was chosen; print each case as it comes, and keep the file up to date."""
-    _, providers = chosen(options)
-    work, _, _ = work_here(options)
-    rates = machine.rates()
+def run_suites(
+    options: argparse.Namespace, work: list[Work], providers: list[Provider], device: Device, effort: Effort
+) -> int:
+    """Measure what was chosen; print each case as it comes, and keep the file up to date. Return the exit status."""
+    rates = device.rates()
     print(
-        f"{machine.name}: copy {rates.copy * 1e-9:,.0f} GB/s, bf16 products {rates.matmul * 1e-12:,.1f} TFLOP/s, "
+        f"{device.name}: copy {rates.copy * 1e-9:,.0f} GB/s, bf16 products {rates.matmul * 1e-12:,.1f} TFLOP/s, "
         f"float32 {rates.matmul_fp32 * 1e-12:,.1f}",
         flush=True,
     )
-    results = Results(header(machine.name, rates, options.commit), options.json)
+    results = Results(header(device.name, rates, options.commit), options.json)
     start = time.monotonic()
     with progress(len(work)) as step:
         for i, entry in enumerate(work):
@@ -140,17 +126,15 @@ def run_suites(options: argparse.Namespace, machine: Machine, effort: Effort) ->
                 print(f"{len(work) - i} of {len(work)} cases were not begun: the time is up.", flush=True)
                 break
             step(entry[0].id(entry[1]))
-            for _, records in measure([entry], machine, rates, effort, providers):
+            for _, records in measure([entry], device, rates, effort, providers):
                 results.add(records)
                 show(records)
-    _plot(options, results)
-    return results.records
+    return finish(options, results)
 
 
-def run_on_cpu(options: argparse.Namespace) -> int:
+def run_on_cpu(options: argparse.Namespace, work: list[Work]) -> int:
     """What is left to do without a GPU: ratios to PEFT, and the kernels under the interpreter."""
     print("There is no GPU here: the GPU suites (layer, block, decode, model, load) were skipped.")
-    work, _, _ = work_here(options)
     unused = [name for name in ("providers", "seconds", "minutes") if getattr(options, name) is not None]
     if unused:
         print(f"Without a GPU these do not apply: {', '.join('--' + name for name in unused)}.")
@@ -165,35 +149,21 @@ def run_on_cpu(options: argparse.Namespace) -> int:
             results.add(records)
     show_ratios(results.records)
     print("\nThe kernels under Triton's interpreter, outputs and gradients against float64:", flush=True)
-    code = cpu.interpret_elsewhere()
-    _plot(options, results)
-    return verdict(results.records) or code
+    code = cpu.with_interpreter("bench.cpu")
+    return finish(options, results) or code
 
 
-def verdict(records: list[Record]) -> int:
-    """1 where something of ours is wrong or failed, having said what; else 0."""
-    bad = problems(records)
-    for line in bad:
-        print(f"bench: {line}", file=sys.stderr)
-    return 1 if bad else 0
-
-
-def rehearse_elsewhere(arguments: list[str]) -> int:
-    """Run the command again with the interpreter, whose variable Triton reads when a kernel is defined."""
-    path = os.pathsep.join(filter(None, [str(cpu.ROOT), os.environ.get("PYTHONPATH")]))
-    # In this folder, which paths among the arguments may be relative to.
-    return subprocess.run(
-        [sys.executable, "-m", "bench", *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-    ).returncode
-
-
-def _plot(options: argparse.Namespace, results: Results) -> None:
+def finish(options: argparse.Namespace, results: Results) -> int:
+    """Draw what is to be drawn. Return 1 where something of ours is wrong or failed, having said what; else 0."""
     if options.plot is not None:
         from bench.plot import plot
 
         for path in plot(results.header, results.records, options.plot):
             print(path)
+    bad = problems(results.records)
+    for line in bad:
+        print(f"bench: {line}", file=sys.stderr)
+    return 1 if bad else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         show_floors(table(H200))
         return 0
     try:
-        work, names, prefix = work_here(options)
+        work, providers, prefix = chosen(options)
         if not options.list:
             check_outputs(options)
     except ValueError as error:
@@ -211,17 +181,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         for case, direction in work:
             print(prefix + case.id(direction))
-        print("\nproviders: " + ", ".join(names))
+        print("\nproviders: " + ", ".join(provider.name for provider in providers))
         return 0
     if options.rehearse:
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return rehearse_elsewhere(sys.argv[1:] if arguments is None else arguments)
-        # Times of a rehearsal mean nothing, so one run will do.
-        return verdict(run_suites(options, Cpu(), Effort(least=1, most=1, warm_up=1)))
+            return cpu.with_interpreter("bench", *(sys.argv[1:] if arguments is None else arguments))
+        return run_suites(options, work, providers, Cpu(), cpu.ONCE)
     if not torch.cuda.is_available():
-        return run_on_cpu(options)
+        return run_on_cpu(options, work)
     seconds = 0.2 if options.seconds is None else options.seconds
-    return verdict(run_suites(options, Cuda(), Effort(seconds=seconds / 2 if options.quick else seconds)))
+    return run_suites(options, work, providers, Cuda(), Effort(seconds=seconds / 2 if options.quick else seconds))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench.cases import SUITES, Case, on_cpu, tiny
-from bench.correctness import errors, limits, truth_of, verdict
+from bench.cases import SUITES, on_cpu, tiny
 from bench.device import Call, Cpu
 from bench.floors import Rates
-from bench.providers import BASE, EAGER_PEFT, PATCHED_PEFT, PROVIDERS, Adapt, Provider, UnavailableError, ours
+from bench.providers import BASE, EAGER_PEFT, PATCHED_PEFT, PROVIDERS, Provider, ours
 from bench.records import Record
 from bench.runner import Effort
 from bench.suites import Work, measure, work_of
-from bench.workloads import Workload, make_base, sharing_copy
 
 ROOT = Path(__file__).parents[1]
 # Before the ids of what is compared here, so that no one takes them for a GPU's.
 PREFIX = "cpu_"
+# Of what is judged only, or rehearsed: the times mean nothing, so one run will do.
+ONCE = Effort(least=1, most=1, warm_up=1)
 # A CPU's floor is not asked for.
 NO_RATES = Rates(float("inf"), float("inf"), float("inf"))
 
@@ -38,12 +38,9 @@ COMPARED = (_BY_NAME[BASE], Provider("ours", ours("auto")), _BY_NAME[EAGER_PEFT]
 
 
 def work_on_cpu(wanted: Callable[[str], bool], suites: Sequence[str] = SUITES) -> list[Work]:
-    """What `compare` has to do: a linear, a step of a small Llama, its files; of these what is wanted by its id."""
-
-    def by_either_id(identifier: str) -> bool:
-        return wanted(PREFIX + identifier) or wanted(identifier)
-
-    return work_of([case for suite in SUITES if suite in suites for case in on_cpu(suite)], by_either_id)
+    """What `compare` has to do: a linear, a step of a small Llama, its files; of these what is wanted by either id."""
+    cases = [case for suite in SUITES if suite in suites for case in on_cpu(suite)]
+    return work_of(cases, lambda identifier: wanted(PREFIX + identifier) or wanted(identifier))
 
 
 def compare(effort: Effort, work: Sequence[Work]) -> Iterator[list[Record]]:
@@ -55,44 +52,25 @@ def compare(effort: Effort, work: Sequence[Work]) -> Iterator[list[Record]]:
         yield records
 
 
-def interpreted() -> list[tuple[str, str | None]]:
-    """Judge the kernels on tiny cases; (id, what is wrong or None). Wants TRITON_INTERPRET=1 where there is no GPU."""
-    found = []
-    for case in tiny("layer"):
-        try:
-            problem = judge(case, Provider("ours", ours("triton")))
-        except UnavailableError as error:
-            print(f"  {case.id('fwd_bwd')}: unavailable: {error}")
-            continue
-        found.append((case.id("fwd_bwd"), problem))
-    return found
+def with_interpreter(module: str, *arguments: str) -> int:
+    """Run a module in a process of its own, because Triton reads its variable when a kernel is defined.
 
-
-def judge(case: Case, provider: Provider) -> str | None:
-    """What is wrong with a provider's outputs and gradients on a CPU, or None."""
-    workload = Workload(case, "fwd_bwd", Cpu().device)
-    base = make_base(case, Cpu().device)
-    truth = truth_of(case, workload, base)
-
-    def results(adapt: Adapt) -> dict[str, float]:
-        model = workload.prepare(adapt(case, sharing_copy(base)))
-        return errors(workload.results(model), truth)
-
-    return verdict(results(provider.adapt), limits(results(ours("reference")), case.dtype, False))
-
-
-def interpret_elsewhere() -> int:
-    """Run `interpreted` in a process of its own, because Triton reads its variable when a kernel is defined."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    return subprocess.run([sys.executable, "-m", "bench.cpu"], cwd=ROOT, env=environment).returncode
+    It runs in this folder, which paths among the arguments may be relative to.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
 
 
 def main() -> int:
-    wrong = 0
-    for identifier, problem in interpreted():
-        print(f"  {identifier}: {'right' if problem is None else 'WRONG: ' + problem}", flush=True)
-        wrong += problem is not None
-    return 1 if wrong else 0
+    """Judge the kernels on tiny cases; 1 where one is wrong. Wants TRITON_INTERPRET=1 where there is no GPU."""
+    work = work_of(tiny("layer"), lambda identifier: "/fwd_bwd/" in identifier)
+    bad = False
+    for _, (record,) in measure(work, Timer(), NO_RATES, ONCE, (Provider("ours", ours("triton")),)):
+        right = record.status == "ok"
+        print(f"  {record.id()}: {'right' if right else f'{record.status.upper()}: {record.reason}'}", flush=True)
+        bad |= not right
+    return int(bad)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """What the benchmark asks of the hardware: times, memory, launches, graphs. One class for CUDA, one for the CPU.
 
-The suites know no more than `Machine`, so that a CPU runs all of their code on tiny sizes: a rehearsal, whose times
+The suites know no more than `Device`, so that a CPU runs all of their code on tiny sizes: a rehearsal, whose times
 mean nothing.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -21,40 +20,47 @@ from bench.floors import Rates
 Call = Callable[[int], object]
 
 
-class Machine(ABC):
+class Device:
     """One device, and how to measure on it.
 
-    device: where tensors go.
+    torch_device: where tensors go.
     name: what the results call it.
+    activities: what the profiler is to look at.
+    elements, side: of the copy and of the products that `rates` times.
+    compile_backend: of torch.compile.
     """
 
-    device: torch.device
+    torch_device: torch.device
     name: str
     activities: tuple[ProfilerActivity, ...]
+    elements: int
+    side: int
+    compile_backend: str
 
-    @abstractmethod
     def synchronize(self) -> None:
         """Wait until the device has done everything."""
 
-    @abstractmethod
     def time(self, function: Call, i: int) -> Callable[[], float]:
         """Run function(i), a GPU on cold caches; return what tells its milliseconds after the next `synchronize`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def peak_bytes(self, function: Call) -> int | None:
         """Memory that function(0) takes, at its height, beyond what is there; None where nobody counts."""
+        function(0)
+        return None
 
-    @abstractmethod
     def in_graph(self, function: Call) -> Call:
-        """Capture function(0) once; the result replays it."""
+        """Capture function(0) once; the result replays it. Without graphs it is the call itself."""
+        return lambda i: function(0)
 
-    @abstractmethod
+    @staticmethod
+    def is_launch(event: Any) -> bool:
+        """Say whether an event of the profiler is one that `launches` counts."""
+        raise NotImplementedError
+
     def compiled(self, model: nn.Module) -> nn.Module:
-        """torch.compile, as users call it."""
-
-    @abstractmethod
-    def rates(self) -> Rates:
-        """Measure the copy bandwidth and the rates of large products of random numbers, now."""
+        """The model under torch.compile."""
+        return torch.compile(model, backend=self.compile_backend)  # type: ignore[return-value]
 
     def launches(self, function: Call) -> int | None:
         """Count what the device runs in one call of function(0), by the profiler; None where nobody counts."""
@@ -64,49 +70,43 @@ class Machine(ABC):
             self.synchronize()
         return sum(event.count for event in found.key_averages() if self.is_launch(event))
 
-    @staticmethod
-    @abstractmethod
-    def is_launch(event: Any) -> bool:
-        """Say whether an event of the profiler is one that `launches` counts."""
-
-    def median_seconds(self, function: Call, runs: int) -> float:
-        """The median of some runs after two for nothing."""
-        for i in range(2):
-            self.time(function, i)
-        waiting = [self.time(function, i) for i in range(runs)]
-        self.synchronize()
-        return sorted(wait() for wait in waiting)[runs // 2] * 1e-3
-
-    def _copy_rate(self, source: torch.Tensor) -> float:
-        target = torch.empty_like(source)
-        return 2 * source.nbytes / self.median_seconds(lambda i: target.copy_(source), 10)
-
-    def _rates(self, elements: int, size: int) -> Rates:
-        generator = torch.Generator(self.device).manual_seed(0)
+    def rates(self) -> Rates:
+        """Measure the copy bandwidth and the rates of large products of random numbers, now."""
+        generator = torch.Generator(self.torch_device).manual_seed(0)
 
         def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=self.device).normal_(generator=generator)
+            return torch.empty(shape, dtype=dtype, device=self.torch_device).normal_(generator=generator)
 
-        copy = self._copy_rate(random(elements, dtype=torch.bfloat16))
-        products = {}
-        for dtype, side in ((torch.bfloat16, size), (torch.float32, size // 2)):
+        source = random(self.elements, dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+        copy = 2 * source.nbytes / self._median_seconds(lambda i: target.copy_(source))
+        products = []
+        for dtype, side in ((torch.bfloat16, self.side), (torch.float32, self.side // 2)):
             a, b = random(side, side, dtype=dtype), random(side, side, dtype=dtype)
             out = torch.empty_like(a)
-            seconds = self.median_seconds(lambda i, a=a, b=b, out=out: torch.mm(a, b, out=out), 10)
-            products[dtype] = 2 * side**3 / seconds
-        return Rates(copy, products[torch.bfloat16], products[torch.float32])
+            seconds = self._median_seconds(lambda i, a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+            products.append(2 * side**3 / seconds)
+        return Rates(copy, *products)
+
+    def _median_seconds(self, function: Call) -> float:
+        """The median of ten runs after two for nothing."""
+        waiting = [self.time(function, i) for i in range(12)]
+        self.synchronize()
+        return sorted(wait() for wait in waiting[2:])[5] * 1e-3
 
 
-class Cuda(Machine):
+class Cuda(Device):
     """The GPU that torch sees first, timed by its own events."""
 
     activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
+    elements, side = 2**30, 8192
+    compile_backend = "inductor"
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda")
+        self.torch_device = torch.device("cuda")
         self.name = torch.cuda.get_device_name()
         # Several times the cache of any GPU there is; writing it also lets the host run ahead of the device.
-        self._flush = torch.empty(2**28, dtype=torch.int8, device=self.device)
+        self._flush = torch.empty(2**28, dtype=torch.int8, device=self.torch_device)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -147,9 +147,6 @@ class Cuda(Machine):
 
         return replay
 
-    def compiled(self, model: nn.Module) -> nn.Module:
-        return torch.compile(model)  # type: ignore[return-value]
-
     @staticmethod
     def is_launch(event: Any) -> bool:
         # The device's own list: the host's lacks the kernels inside a graph. It also holds copies, and the spans that
@@ -157,28 +154,23 @@ class Cuda(Machine):
         on_device = event.device_type == DeviceType.CUDA and not event.is_user_annotation
         return on_device and not event.key.startswith(("Memcpy", "Memset"))
 
-    def rates(self) -> Rates:
-        return self._rates(elements=2**30, size=8192)
 
-
-class Cpu(Machine):
+class Cpu(Device):
     """A CPU in the place of a GPU. A graph is the call itself, memory is not counted, a launch is a torch operator.
 
     Args:
         clock: seconds, ever more of them.
-        compile_backend: of torch.compile; the default needs no C++ compiler.
     """
 
     activities = (ProfilerActivity.CPU,)
+    elements, side = 2**22, 256
+    # Inductor wants a C++ compiler.
+    compile_backend = "aot_eager"
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, compile_backend: str = "aot_eager") -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.torch_device = torch.device("cpu")
         self.name = "CPU (a rehearsal: times mean nothing)"
         self._clock = clock
-        self._compile_backend = compile_backend
-
-    def synchronize(self) -> None:
-        pass
 
     def time(self, function: Call, i: int) -> Callable[[], float]:
         start = self._clock()
@@ -186,19 +178,6 @@ class Cpu(Machine):
         elapsed = (self._clock() - start) * 1e3
         return lambda: elapsed
 
-    def peak_bytes(self, function: Call) -> int | None:
-        function(0)
-        return None
-
-    def in_graph(self, function: Call) -> Call:
-        return lambda i: function(0)
-
-    def compiled(self, model: nn.Module) -> nn.Module:
-        return torch.compile(model, backend=self._compile_backend)  # type: ignore[return-value]
-
     @staticmethod
     def is_launch(event: Any) -> bool:
         return event.key.startswith("aten::")
-
-    def rates(self) -> Rates:
-        return self._rates(elements=2**22, size=256)

@@ -2,169 +2,108 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import vblora_triton
 from bench import correctness
-from bench.cases import MODELS, Case
-from bench.device import Machine
-from bench.providers import UnavailableError, lora, ours, peft_config
+from bench.cases import DIRECTIONS, MODELS, Case
+from bench.device import Call, Device
+from bench.providers import Adapt, config_of, lora, ours, peft_adapter, peft_library
 from bench.records import Record
-from bench.runner import Effort, blank, paired_ratio, quantile
-from bench.workloads import draw_adapter, sharing_copy
+from bench.runner import Effort, blank, enter_times, interleaved, noting, paired_ratio
+from bench.workloads import sharing_copy
 
-# Of logits after loading, against those before saving.
-LIMIT = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
-
-
-@dataclass(frozen=True)
-class Form:
-    """One library's way to write a method.
-
-    library: "ours" or "peft".
-    changes: fields of the configuration.
-    """
-
-    name: str
-    library: str
-    changes: dict[str, Any]
-    lora_rank: int | None = None
+Load = Callable[[nn.Module], object]
+# Of logits after loading, against those before saving: top-k weights are rounded on disk, and in 16 bits what has
+# changed by little may be rounded to a neighbour.
+LIMIT = {"fp32": 1e-4, "bf16": 5e-2}
 
 
-def forms(case: Case) -> list[Form]:
-    """The forms of a case's method, by either library, and LoRA's file to compare with."""
+def forms(case: Case) -> dict[str, Adapt]:
+    """The adapters of the case's method that each library writes in a form of its own, and LoRA to compare with."""
+    kinds: dict[str, dict[str, Any]] = {"full": {}, "topk": {"save_only_topk_weights": True}}
     if case.method == "vera":
         kinds = {"projections": {"save_projection": True}, "no_projections": {"save_projection": False}}
-    else:
-        kinds = {"full": {}, "topk": {"save_only_topk_weights": True}}
-    made = [Form(f"{library}_{kind}", library, kinds[kind]) for kind in kinds for library in ("peft", "ours")]
-    return [*made, Form("lora_r32", "peft", {}, lora_rank=32)]
+    made = {}
+    for kind, changes in kinds.items():
+        made[f"peft_{kind}"] = peft_adapter(partial(config_of, **changes))
+        made[f"ours_{kind}"] = ours("auto", **changes)
+    return made | {"lora_r32": lora(32)}
 
 
-def _adapted(case: Case, form: Form, base: nn.Module) -> nn.Module:
-    if form.lora_rank is not None:
-        return lora(form.lora_rank)(case, base)
-    if form.library == "ours":
-        model = ours("auto")(case, base)
-    else:
-        # First: it says so where there is no peft.
-        config = peft_config(case)
-        import peft
-
-        model = peft.get_peft_model(base, config)
-        draw_adapter(model)
-    for field, value in form.changes.items():
-        setattr(model.peft_config["default"], field, value)  # type: ignore[union-attr,index,arg-type]
-    return model
-
-
-def _loader(form: Form) -> Any:
-    if form.library == "ours":
-        from vblora_triton import PeftModel
-    else:
-        from peft import PeftModel
-    return PeftModel
-
-
-def open_form(
-    case: Case, form: Form, base: nn.Module, folder: Path
-) -> tuple[Callable[[], object], Callable[[], nn.Module]]:
-    """Adapt a copy of the base; return what saves it to the folder, and what loads it from there onto another copy."""
-    model = _adapted(case, form, sharing_copy(base))
-
-    def load() -> nn.Module:
-        return _loader(form).from_pretrained(sharing_copy(base), str(folder))
-
-    return lambda: model.save_pretrained(str(folder)), load  # type: ignore[operator]
-
-
-def _logits(model: nn.Module, case: Case, device: torch.device) -> Tensor:
-    ids = torch.arange(8, device=device)[None] % MODELS[case.shape]["vocab_size"]
+def _logits(model: nn.Module, case: Case) -> Tensor:
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % MODELS[case.shape]["vocab_size"]
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
 
 
-class FileMeasurement:
-    """Save and load one case in every form, turn by turn."""
+def _judged(case: Case, adapt: Adapt, library: Any, base: nn.Module, folder: Path, pair: list[Record]) -> list[Load]:
+    """What saves the adapter and what loads it, both functions of a fresh base; its size and error go to the records.
 
-    def __init__(self, case: Case, machine: Machine, effort: Effort, base: nn.Module) -> None:
-        self.case, self.machine, self.effort, self.base = case, machine, effort, base
+    Raises:
+        WrongError: what was loaded computes something else.
+    """
+    model: Any = adapt(case, sharing_copy(base))
+    before = _logits(model, case)
 
-    def run(self) -> list[Record]:
-        """Two records for each form: one for saving, one for loading."""
-        folder = Path(tempfile.mkdtemp(prefix="bench-load-"))
-        records: dict[str, list[Record]] = {}
-        entrants: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
-        try:
-            with warnings.catch_warnings():
-                # PEFT and this package warn about files without projections.
-                warnings.simplefilter("ignore")
-                for form in forms(self.case):
-                    records[form.name] = [blank(self.case, what, form.name) for what in ("save", "load")]
-                    self._enter(form, folder / form.name, records[form.name], entrants)
-                self._time(records, entrants)
-        finally:
-            shutil.rmtree(folder)
-        return [pair[j] for j in (0, 1) for pair in records.values()]
+    def save(fresh: nn.Module) -> None:
+        model.save_pretrained(str(folder))
 
-    def _enter(self, form: Form, folder: Path, pair: list[Record], entrants: dict) -> None:
-        try:
-            model = _adapted(self.case, form, sharing_copy(self.base))
-            before = _logits(model, self.case, self.machine.device)
-            model.save_pretrained(str(folder))  # type: ignore[operator]
-            loaded = _loader(form).from_pretrained(sharing_copy(self.base), str(folder))
-            error = correctness.relative_error(_logits(loaded, self.case, self.machine.device), before)
-        except UnavailableError as problem:
-            status, reason = "unavailable", str(problem)
-        except Exception as problem:
-            # One library's failure is a result; the others are still to be measured.
-            status, reason = "failed", f"{type(problem).__name__}: {problem}"[:500]
-        else:
-            right = error <= LIMIT[self.case.dtype]
-            status, reason = ("ok", None) if right else ("wrong", f"logits after loading: relative error {error:.1e}")
-            for record in pair:
-                record.max_rel_err = error
-                record.bytes_on_disk = (folder / "adapter_model.safetensors").stat().st_size
-        for record in pair:
-            record.status, record.reason = status, reason
-        if status != "ok":
-            return
+    def load(fresh: nn.Module) -> nn.Module:
+        return library.PeftModel.from_pretrained(fresh, str(folder))
 
-        def load() -> object:
-            return _loader(form).from_pretrained(self._fresh, str(folder))
+    save(base)
+    loaded = _logits(load(sharing_copy(base)), case)
+    found = correctness.errors({"logits after loading": loaded}, {"logits after loading": before})
+    for record in pair:
+        (record.max_rel_err,) = found.values()
+        record.bytes_on_disk = (folder / "adapter_model.safetensors").stat().st_size
+    correctness.check(found, dict.fromkeys(found, LIMIT[case.dtype]))
+    return [save, load]
 
-        entrants[form.name] = (lambda: model.save_pretrained(str(folder)), load)  # type: ignore[operator]
-        self._fresh = sharing_copy(self.base)
-        for record, work in zip(pair, entrants[form.name], strict=True):
-            peak = self.machine.peak_bytes(lambda i, work=work: work())  # type: ignore[misc]
-            record.peak_mib = None if peak is None else peak / 2**20
 
-    def _time(self, records: dict[str, list[Record]], entrants: dict) -> None:
-        times: dict[tuple[str, int], list[float]] = {(name, j): [] for name in entrants for j in (0, 1)}
-        runs = max(self.effort.least, min(self.effort.most, 20))
-        for _ in range(runs):
-            for (name, j), values in times.items():
-                # from_pretrained changes the model that it is given: each run has a fresh one, made outside the time.
-                self._fresh = sharing_copy(self.base)
-                self.machine.synchronize()
-                start = time.perf_counter()
-                entrants[name][j]()
-                self.machine.synchronize()
-                values.append((time.perf_counter() - start) * 1e3)
-        for (name, j), values in times.items():
-            record = records[name][j]
-            record.runs = len(values)
-            record.q20_ms, record.median_ms, record.q80_ms = (quantile(values, q) for q in (0.2, 0.5, 0.8))
+def measure_files(case: Case, device: Device, effort: Effort, base: nn.Module) -> list[Record]:
+    """Save and load a case in every form, turn by turn: two records for each form, first all of saving."""
+    records: dict[str, list[Record]] = {}
+    calls: dict[str, Call] = {}
+    # from_pretrained changes the model that it is given: each run has a fresh one, made outside the time.
+    fresh = base
+
+    def prepare() -> None:
+        nonlocal fresh
+        fresh = sharing_copy(base)
+
+    with tempfile.TemporaryDirectory(prefix="bench-load-") as folder, warnings.catch_warnings():
+        # PEFT and this package warn about files without projections.
+        warnings.simplefilter("ignore")
+        for form, adapt in forms(case).items():
+            pair = records[form] = [blank(case, what, form) for what in DIRECTIONS["load"]]
+            with noting(pair):
+                library = vblora_triton if form.startswith("ours_") else peft_library()
+                made: dict[str, Call] = {}
+                works = _judged(case, adapt, library, base, Path(folder, form), pair)
+                for record, work in zip(pair, works, strict=True):
+                    call = made[f"{record.direction}/{form}"] = lambda i, work=work: work(fresh)  # type: ignore[misc]
+                    prepare()
+                    peak = device.peak_bytes(call)
+                    record.peak_mib = None if peak is None else peak / 2**20
+                calls |= made
+        times = interleaved(calls, device, replace(effort, most=min(effort.most, 20)), prepare)
+    ordered = [record for both in zip(*records.values(), strict=True) for record in both]
+    for record in ordered:
+        values = times.get(f"{record.direction}/{record.provider}")
+        if values is not None:
+            enter_times(record, values)
             # The same form by PEFT; LoRA has no other.
-            rival = ("peft_" + name.partition("_")[2], j)
-            if rival in times:
-                record.ratio_to_peft = paired_ratio(values, times[rival])
+            rival = times.get(f"{record.direction}/peft_{record.provider.partition('_')[2]}")
+            record.ratio_to_peft = paired_ratio(values, rival) if rival is not None else None
+    return ordered

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 # No launch of a kernel is over sooner: the gap of one node of a CUDA graph.
 LAUNCH = 2e-6
-# PEFT's eager launches: per linear forward and backward, seconds each in a graph, and in a forward that waits for the
-# device once per linear. Fitted, not derived; what is proportional to M below is derived.
+# PEFT's eager launches per linear, and the seconds between them; its forward waits for the device once per linear.
+# Fitted, not derived; what is proportional to M below is derived.
 PEFT_LAUNCHES = {"fwd": 21, "bwd": 46}
-PEFT_GAP = {"graph": 1.7e-6, "eager": 4e-6}
+PEFT_GAP = {"fwd": 4e-6, "bwd": 1.7e-6}
+# Bytes of an element of bf16, which the plans are computed for.
+WIDTH = 2
 PLANS = ("separate", "grouped", "epilogue")
 
 Shape = tuple[int, int]
@@ -51,15 +53,12 @@ def flat(groups: Sequence[Sequence[Shape]]) -> list[Shape]:
     return [shape for group in groups for shape in group]
 
 
-def base_time(shapes: Sequence[Shape], M: int, rates: Rates, width: int = 2) -> float:
+def base_time(shapes: Sequence[Shape], M: int, rates: Rates) -> float:
     """The frozen base alone, forward; backward (dx alone) costs the same.
 
-    sum over linears of max(2 M K N / rate, width (M K + K N + M N) / copy)
-
-    Args:
-        width: bytes of an element.
+    sum over linears of max(2 M K N / rate, 2 (M K + K N + M N) / copy)
     """
-    return sum(max(2 * M * K * N / rates.matmul, width * (M * K + K * N + M * N) / rates.copy) for K, N in shapes)
+    return sum(max(2 * M * K * N / rates.matmul, WIDTH * (M * K + K * N + M * N) / rates.copy) for K, N in shapes)
 
 
 class Floor(NamedTuple):
@@ -99,7 +98,7 @@ def must_take(
     return Floor(sum(operations for operations, _ in passes), sum(moved for _, moved in passes), seconds)
 
 
-def _launches(groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str, width: int) -> list[float]:
+def _launches(groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str) -> list[float]:
     """Bytes that each kernel of a plan moves for the update of VB-LoRA."""
     if plan == "separate":
         groups = [(shape,) for shape in flat(groups)]
@@ -108,18 +107,16 @@ def _launches(groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: s
         K, outs = group[0][0], [N for _, N in group]
         if direction == "fwd":
             # shrink reads x; expand reads y and writes it, unless the base's product does it in passing.
-            kernels.append(width * M * K)
-            kernels += [] if plan == "epilogue" else [2 * width * M * sum(outs)]
+            kernels.append(WIDTH * M * K)
+            kernels += [] if plan == "epilogue" else [2 * WIDTH * M * sum(outs)]
         else:
             # Each dy comes when it comes, in a pass of its own. Then one pass reads x and updates dx.
-            kernels += [width * M * N for N in outs]
-            kernels.append(width * M * K * (1 if plan == "epilogue" else 3))
+            kernels += [WIDTH * M * N for N in outs]
+            kernels.append(WIDTH * M * K * (1 if plan == "epilogue" else 3))
     return kernels
 
 
-def overhead(
-    groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str, rates: Rates, width: int = 2
-) -> float:
+def overhead(groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str, rates: Rates) -> float:
     """Time of the adapted linears over that of the frozen base alone, for VB-LoRA under a plan of kernels.
 
     1 + sum over kernels of max(LAUNCH, bytes / copy) / base_time
@@ -130,8 +127,8 @@ def overhead(
         plan: "separate" (two kernels per linear and direction), "grouped" (linears that share x share the kernels that
             read it), "epilogue" (and what touches y or dx happens inside the base's product).
     """
-    extra = sum(max(LAUNCH, moved / rates.copy) for moved in _launches(groups, M, direction, plan, width))
-    return 1 + extra / base_time(flat(groups), M, rates, width)
+    extra = sum(max(LAUNCH, moved / rates.copy) for moved in _launches(groups, M, direction, plan))
+    return 1 + extra / base_time(flat(groups), M, rates)
 
 
 def peft_overhead(shapes: Sequence[Shape], M: int, direction: str, rates: Rates) -> float:
@@ -142,38 +139,8 @@ def peft_overhead(shapes: Sequence[Shape], M: int, direction: str, rates: Rates)
     dx rounded (6 K), added (6 K). And the gaps between its launches.
     """
     per_token = sum(10 * K + 20 * N if direction == "fwd" else 20 * K + 20 * N for K, N in shapes)
-    gap = PEFT_GAP["eager" if direction == "fwd" else "graph"]
-    extra = per_token * M / rates.copy + len(shapes) * PEFT_LAUNCHES[direction] * gap
+    extra = per_token * M / rates.copy + len(shapes) * PEFT_LAUNCHES[direction] * PEFT_GAP[direction]
     return 1 + extra / base_time(shapes, M, rates)
-
-
-def decode_overhead(groups: Sequence[Sequence[Shape]], plan: str, rates: Rates) -> float:
-    """One token through the linears in a CUDA graph, over the base alone.
-
-    Args:
-        plan: one of PLANS, or "peft_graph" or "peft_eager". At one token "epilogue" is a single kernel, the base's own.
-    """
-    shapes = flat(groups)
-    base = base_time(shapes, 1, rates)
-    if plan.startswith("peft_"):
-        return 1 + len(shapes) * PEFT_LAUNCHES["fwd"] * PEFT_GAP[plan.removeprefix("peft_")] / base
-    kernels = {"separate": 2 * len(shapes), "grouped": 2 * len(groups), "epilogue": 0}[plan]
-    return 1 + kernels * LAUNCH / base
-
-
-def vera_overhead(shapes: Sequence[Shape], r: int, direction: str, rates: Rates, *, peft: bool = False) -> float:
-    """VeRA over the base alone, many tokens: its operations at the matrix rate, elementwise work inside the products.
-
-    Forward 2 M r (K + N); backward 2 M r (K + 2 N), of which M r N to recompute what dlambda_b needs.
-    PEFT's: 2 M r (K + N) at the float32 rate in either direction, and per token forward 10 K + 28 N bytes (x to
-    float32; the update written, scaled, added, rounded), backward 16 K + 40 N.
-    """
-    K, N = (sum(sizes) for sizes in zip(*shapes, strict=True))
-    base = 2 * sum(k * n for k, n in shapes) / rates.matmul
-    if peft:
-        moved = 10 * K + 28 * N if direction == "fwd" else 16 * K + 40 * N
-        return 1 + (2 * r * (K + N) / rates.matmul_fp32 + moved / rates.copy) / base
-    return 1 + 2 * r * (K + N if direction == "fwd" else K + 2 * N) / rates.matmul / base
 
 
 def table(rates: Rates) -> list[dict[str, float]]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+import vblora_triton
 from bench.cases import Case
-from bench.device import Machine
+from bench.device import Device
 from bench.workloads import draw_adapter
 
 # The linears of the suite `layer` that are also measured compiled.
@@ -56,20 +57,19 @@ def alone(case: Case, base: nn.Module) -> nn.Module:
     return base
 
 
-def ours(backend: str) -> Adapt:
+def config_of(library: Any, case: Case, **changes: Any) -> Any:
+    """The configuration of the case's method by PEFT or by this package, whose names are the same."""
+    common = {"r": case.r, "target_modules": list(case.targets)} | changes
+    if case.method == "vera":
+        return library.VeraConfig(**common)
+    return library.VBLoRAConfig(**common, num_vectors=case.h, vector_length=case.b, topk=case.k)
+
+
+def ours(backend: str, **changes: Any) -> Adapt:
     """This package's adapter, its layers told which backend to use."""
 
     def adapt(case: Case, base: nn.Module) -> nn.Module:
-        import vblora_triton
-
-        common: dict[str, Any] = {"r": case.r, "target_modules": list(case.targets)}
-        if case.method == "vera":
-            if not hasattr(vblora_triton, "VeraConfig"):
-                raise UnavailableError("vblora_triton has no VeraConfig")
-            config: Any = vblora_triton.VeraConfig(**common)
-        else:
-            config = vblora_triton.VBLoRAConfig(**common, num_vectors=case.h, vector_length=case.b, topk=case.k)
-        model = vblora_triton.get_peft_model(base, config)
+        model = vblora_triton.get_peft_model(base, config_of(vblora_triton, case, **changes))
         for module in model.modules():
             if hasattr(module, "backend"):
                 module.backend = backend
@@ -79,55 +79,47 @@ def ours(backend: str) -> Adapt:
     return adapt
 
 
-def peft_config(case: Case) -> Any:
-    """PEFT's configuration of the case's method."""
+def peft_library() -> Any:
+    """PEFT, which a GPU's machine may lack."""
     if importlib.util.find_spec("peft") is None:
         raise UnavailableError("peft is not installed")
     import peft
 
-    common: dict[str, Any] = {"r": case.r, "target_modules": list(case.targets)}
-    if case.method == "vera":
-        return peft.VeraConfig(**common)
-    return peft.VBLoRAConfig(**common, num_vectors=case.h, vector_length=case.b, topk=case.k)
+    return peft
 
 
-def _by_peft(base: nn.Module, config: Any) -> nn.Module:
-    import peft
+def peft_adapter(make_config: Callable[[Any, Case], Any] = config_of) -> Adapt:
+    """PEFT's adapter by the configuration that `make_config` makes of the library and the case."""
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base, config)
-    draw_adapter(model)
-    return model
+    def adapt(case: Case, base: nn.Module) -> nn.Module:
+        peft = peft_library()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(base, make_config(peft, case))
+        draw_adapter(model)
+        return model
+
+    return adapt
 
 
-def by_peft(case: Case, base: nn.Module) -> nn.Module:
-    return _by_peft(base, peft_config(case))
+by_peft = peft_adapter()
 
 
 def patched(case: Case, base: nn.Module) -> nn.Module:
     """PEFT's model after this package's `patch_peft`."""
-    config = peft_config(case)
-    try:
-        from vblora_triton.integrations.peft import patch_peft
-    except ImportError as error:
-        raise UnavailableError(f"vblora_triton.patch_peft is missing ({error})") from error
-    model = _by_peft(base, config)
-    patch_peft(model)
+    model = by_peft(case, base)
+    vblora_triton.patch_peft(model)
     return model
 
 
 def lora(r: int | None) -> Adapt:
     """PEFT's LoRA; of the rank of the case where `r` is None."""
 
-    def adapt(case: Case, base: nn.Module) -> nn.Module:
-        peft_config(case)
-        import peft
-
+    def config(peft: Any, case: Case) -> Any:
         rank = case.r if r is None else r
-        return _by_peft(base, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(case.targets)))
+        return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(case.targets))
 
-    return adapt
+    return peft_adapter(config)
 
 
 EAGER_PEFT = "peft"
@@ -151,23 +143,10 @@ PROVIDERS = (
 )
 
 
-def ready(provider: Provider, case: Case, model: nn.Module, machine: Machine) -> nn.Module:
+def ready(provider: Provider, model: nn.Module, device: Device) -> nn.Module:
     """The model as the provider runs it. A graph is captured later, of the whole call."""
     if provider.run == "compiled":
-        return machine.compiled(model)
+        return device.compiled(model)
     if provider.run == "autocast":
-        return Autocast(model, machine.device.type)
+        model.forward = torch.autocast(device.torch_device.type, torch.bfloat16)(model.forward)
     return model
-
-
-class Autocast(nn.Module):
-    """A model under bf16 autocast."""
-
-    def __init__(self, model: nn.Module, device_type: str) -> None:
-        super().__init__()
-        self._orig_mod = model
-        self._device_type = device_type
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self._device_type, torch.bfloat16):
-            return self._orig_mod(*args, **kwargs)

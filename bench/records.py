@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,23 +95,17 @@ class Results:
     Args:
         header: what it was measured on.
         path: the file to keep up to date, if any.
-        seen: called with each record as it comes.
     """
 
-    def __init__(
-        self, header: dict[str, Any], path: Path | None = None, seen: Callable[[Record], None] | None = None
-    ) -> None:
+    def __init__(self, header: dict[str, Any], path: Path | None = None) -> None:
         # A link stays one: what it leads to is replaced.
-        self.header, self.path, self._seen = header, path and path.resolve(), seen
+        self.header, self.path = header, path and path.resolve()
         self.records: list[Record] = []
         self.save()
 
     def add(self, records: list[Record]) -> None:
-        """Take records in, show them, and write the file anew."""
-        for record in records:
-            self.records.append(record)
-            if self._seen is not None:
-                self._seen(record)
+        """Take records in, and write the file anew."""
+        self.records += records
         self.save()
 
     def save(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import Record, load
-from bench.table import by_case
+from bench.table import by_case, number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -19,6 +19,8 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 # README shows these; the files have the rest.
 # "all" is a case that failed as a whole.
 SHOWN = ("all", "base", "ours", "ours_graph", "ours_compiled", "peft", "peft_compiled", "peft_patched", "lora_r32")
+# The many cases of single layers are in the files and the pictures.
+SHOWN_SUITES = ("block", "decode", "model")
 NOTHING = (
     "No GPU results yet: the benchmark has not run on one, and nothing is claimed about speed until it has. "
     "`make bench` on a machine with a GPU measures; `make report` puts the tables here."
@@ -38,10 +40,6 @@ def files(folder: Path) -> list[tuple[str, dict[str, Any], list[Record]]]:
     return found
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def _commit(commit: str) -> str:
     """Short, but still said to be dirty."""
     return commit.removesuffix("-dirty")[:12] + ("-dirty" if commit.endswith("-dirty") else "")
@@ -50,17 +48,9 @@ def _commit(commit: str) -> str:
 def _line(record: Record) -> str:
     if record.status != "ok":
         return f"| {record.provider} | {record.status} | | | | |"
-    memory = "" if record.peak_mib is None else f"{record.peak_mib:,.0f}"
-    launches = "" if record.launches is None else str(record.launches)
-    time = f"{record.median_ms:.3f}" if record.median_ms is not None else ""
-    return (
-        f"| {record.provider} | {time} | {_ratio(record.ratio_to_base)} | {_ratio(record.ratio_to_peft)} "
-        f"| {launches} | {memory} |"
-    )
-
-
-def _pictures(folder: Path, root: Path) -> list[str]:
-    return [f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in sorted(folder.glob("*.png"))]
+    ratios = f"{number(record.ratio_to_base, 2)} | {number(record.ratio_to_peft, 2)}"
+    counted = f"{number(record.launches, 0)} | {number(record.peak_mib, 0)}"
+    return f"| {record.provider} | {number(record.median_ms)} | {ratios} | {counted} |"
 
 
 def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
@@ -83,11 +73,8 @@ def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
                 "|---|--:|--:|--:|--:|--:|",
             ]
             blocks.append("\n".join([*lines, *(_line(record) for record in group)]))
-    return "\n\n".join([*blocks, *_pictures(folder, root)])
-
-
-# The many cases of single layers are in the files and the pictures.
-SHOWN_SUITES = ("block", "decode", "model")
+    pictures = [f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in sorted(folder.glob("*.png"))]
+    return "\n\n".join([*blocks, *pictures])
 
 
 def updated(text: str, rendered: str) -> str:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench import correctness
 from bench.cases import Case
-from bench.device import Call, Machine
+from bench.device import Call, Device
 from bench.floors import Floor, Rates, must_take
-from bench.providers import BASE, EAGER_PEFT, PROVIDERS, REFERENCE, Provider, UnavailableError, ready
+from bench.providers import BASE, EAGER_PEFT, PROVIDERS, REFERENCE, Provider, UnavailableError, ours, ready
 from bench.records import Record
 from bench.workloads import DTYPES, Workload, sharing_copy
+
+BASE_AGAIN = "base_again"
 
 
 @dataclass(frozen=True)
@@ -33,53 +35,75 @@ class Effort:
         return max(self.least, min(self.most, int(self.seconds / max(one, 1e-6))))
 
 
-@dataclass
-class Entrant:
-    """A provider that has passed: what is timed, and what is known of it so far."""
-
-    provider: Provider
-    call: Call
-    record: Record
-
-
 def quantile(values: Sequence[float], q: float) -> float:
     """The value that a share q of the values does not exceed, between neighbours in proportion."""
     return torch.quantile(torch.tensor(values, dtype=torch.float64), q).item()
 
 
 def paired_ratio(values: Sequence[float], against: Sequence[float]) -> float:
-    """The median of the rounds' ratios: what else the machine did in a round slowed both."""
+    """The median of the rounds' ratios: what else the device did in a round slowed both."""
     return quantile([value / other for value, other in zip(values, against, strict=True)], 0.5)
 
 
-def interleaved(calls: dict[str, Call], machine: Machine, effort: Effort) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Call], device: Device, effort: Effort, prepare: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
     """Milliseconds of many runs of each call, turn by turn, each round in an order of its own.
 
     A turn pays for what the one before it left in caches and in the allocator, so nobody is always to follow the same
     neighbour. The orders are drawn, the same ones in every run.
+
+    Args:
+        prepare: called before each run, outside its time.
     """
     slowest = 0.0
     for call in calls.values():
         for i in range(effort.warm_up):
+            prepare()
             call(i)
-        machine.synchronize()
+        prepare()
+        device.synchronize()
         start = time.perf_counter()
         call(0)
-        machine.synchronize()
+        device.synchronize()
         slowest = max(slowest, time.perf_counter() - start)
     names = list(calls)
     waiting: dict[str, list] = {name: [] for name in names}
     draw = random.Random(0)
     for i in range(effort.runs(slowest)):
         for name in draw.sample(names, len(names)):
-            waiting[name].append(machine.time(calls[name], i))
-    machine.synchronize()
+            prepare()
+            waiting[name].append(device.time(calls[name], i))
+    device.synchronize()
     return {name: [wait() for wait in waits] for name, waits in waiting.items()}
 
 
-def blank(case: Case, direction: str, provider: str, **fields: Any) -> Record:
+def blank(case: Case, direction: str, provider: str) -> Record:
     """A record of a case that knows nothing yet."""
-    return Record(case.suite, case.name, case.M, case.dtype, case.method, provider, direction, **fields)
+    return Record(case.suite, case.name, case.M, case.dtype, case.method, provider, direction)
+
+
+@contextmanager
+def noting(records: Collection[Record]) -> Iterator[None]:
+    """Write what is raised inside into these records: it is a result, and the others are still to be measured."""
+    try:
+        yield
+        return
+    except UnavailableError as error:
+        status, reason = "unavailable", str(error)
+    except correctness.WrongError as error:
+        status, reason = "wrong", str(error)
+    except Exception as error:
+        # Whatever a rival, a compiler or a capture may raise.
+        status, reason = "failed", f"{type(error).__name__}: {error}"[:500]
+    for record in records:
+        record.status, record.reason = status, reason
+
+
+def enter_times(record: Record, values: Sequence[float]) -> None:
+    """Write the median and the quantiles of some runs into a record."""
+    record.runs = len(values)
+    record.q20_ms, record.median_ms, record.q80_ms = (quantile(values, q) for q in (0.2, 0.5, 0.8))
 
 
 def floor(case: Case, direction: str, provider: str, rates: Rates) -> Floor:
@@ -96,103 +120,73 @@ def floor(case: Case, direction: str, provider: str, rates: Rates) -> Floor:
 class Measurement:
     """One case in one direction: judge, time, and count."""
 
-    def __init__(self, case: Case, direction: str, machine: Machine, rates: Rates, effort: Effort, base: nn.Module):
-        self.case, self.direction, self.machine = case, direction, machine
+    def __init__(self, case: Case, direction: str, device: Device, rates: Rates, effort: Effort, base: nn.Module):
+        self.case, self.direction, self.device = case, direction, device
         self.rates, self.effort, self.base = rates, effort, base
-        self.workload = Workload(case, direction, machine.device)
-        self.truth: dict[str, Tensor] = {}
-        self.eager: dict[str, float] = {}
+        self.workload = Workload(case, direction, device.torch_device)
+        self.truth = correctness.truth_of(case, self.workload, base)
+        # Plain PyTorch in the same dtypes sets what the others may be off by.
+        model = self.workload.prepare(ours("reference")(case, sharing_copy(base)))
+        self.eager = correctness.errors(self.workload.results(model), self.truth)
 
     def run(self, providers: Sequence[Provider] = PROVIDERS) -> list[Record]:
         """One record for each provider that takes part, and one more for the base timed again."""
-        records, entrants = [], []
-        taking_part = [p for p in providers if p.takes_part(self.case, self.direction)]
-        self._find_truth(taking_part)
-        for provider in taking_part:
-            outcome = self._enter(provider)
-            entrants += [outcome] if isinstance(outcome, Entrant) else []
-            records.append(outcome.record if isinstance(outcome, Entrant) else outcome)
-        self._time(entrants, records)
-        self.truth = {}
-        return records
+        records: dict[str, Record] = {}
+        calls: dict[str, Call] = {}
+        for provider in providers:
+            if not provider.takes_part(self.case, self.direction):
+                continue
+            record = records[provider.name] = blank(self.case, self.direction, provider.name)
+            least = floor(self.case, self.direction, provider.name, self.rates)
+            record.operations, record.bytes_moved, record.floor_ms = least.operations, least.bytes, least.seconds * 1e3
+            with noting([record]):
+                calls[provider.name] = self._judged(provider, record)
+                if provider.name == BASE:
+                    # The same thing under another name: how far apart the two come out is the noise.
+                    calls[BASE_AGAIN], records[BASE_AGAIN] = calls[BASE], replace(record, provider=BASE_AGAIN)
+        self._time(calls, records)
+        return list(records.values())
 
-    def _find_truth(self, providers: list[Provider]) -> None:
-        self.truth = correctness.truth_of(self.case, self.workload, self.base)
-        # Plain PyTorch in the same dtypes sets what the others may be off by.
-        reference = next(p for p in PROVIDERS if p.name == REFERENCE)
-        model = self.workload.prepare(reference.adapt(self.case, sharing_copy(self.base)))
-        self.eager = correctness.errors(self.workload.results(model), self.truth)
+    def _judged(self, provider: Provider, record: Record) -> Call:
+        """Make what is to be timed, and count what it holds.
 
-    def _enter(self, provider: Provider) -> Entrant | Record:
-        record = blank(self.case, self.direction, provider.name)
-        least = floor(self.case, self.direction, provider.name, self.rates)
-        record.operations, record.bytes_moved, record.floor_ms = least.operations, least.bytes, least.seconds * 1e3
-        try:
-            call, wrong = self._judge(provider, record)
-        except UnavailableError as error:
-            record.status, record.reason = "unavailable", str(error)
-            return record
-        except Exception as error:
-            # Whatever a rival, a compiler or a capture may raise: the others are still to be measured.
-            record.status, record.reason = "failed", f"{type(error).__name__}: {error}"[:500]
-            return record
-        if wrong is not None:
-            record.status, record.reason = "wrong", wrong
-            return record
-        return Entrant(provider, call, record)
-
-    def _judge(self, provider: Provider, record: Record) -> tuple[Call, str | None]:
-        """Make what is to be timed, and compare what it computes; count what it holds."""
+        Raises:
+            WrongError: it computes something else.
+        """
         model = self.workload.prepare(provider.adapt(self.case, sharing_copy(self.base)))
-        running = ready(provider, self.case, model, self.machine)
+        running = ready(provider, model, self.device)
         call = self.workload.call(running)
         if provider.run == "graph":
-            call = self.machine.in_graph(call)
+            call = self.device.in_graph(call)
             results = call(0)
         else:
             results = self.workload.results(running)
         # A graph writes its next results where these are.
         results = {name: t.detach().clone() for name, t in results.items()}
-        if provider.same_function:
-            truth = self.truth
-            allowed = correctness.limits(self.eager, self.case.dtype, provider.run == "autocast")
-            if provider.name == REFERENCE:
-                allowed = correctness.eager_limit(self.case)
-        else:
+        truth = self.truth
+        if not provider.same_function:
             truth = correctness.truth_of(self.case, self.workload, self.base, provider.adapt)
-            allowed = correctness.eager_limit(self.case)
+        if provider.same_function and provider.name != REFERENCE:
+            allowed = correctness.limits(self.case, self.eager, provider.run == "autocast")
+        else:
+            allowed = dict.fromkeys(truth, correctness.eager_limit(self.case))
         found = correctness.errors(results, truth)
         record.max_rel_err = max(found.values())
-        wrong = correctness.verdict(found, allowed)
-        if wrong is None:
-            call(0)
-            # A replay allocates nothing: what the graph holds would not be seen.
-            added = None if provider.run == "graph" else self.machine.peak_bytes(call)
-            held = self.workload.held_bytes(running)
-            record.peak_mib = None if added is None else (added + held) / 2**20
-            record.saved_kib = self.workload.saved_kib(model) if provider.run == "eager" else None
-        return call, wrong
+        correctness.check(found, allowed)
+        call(0)
+        # A replay allocates nothing: what the graph holds would not be seen.
+        added = None if provider.run == "graph" else self.device.peak_bytes(call)
+        record.peak_mib = None if added is None else (added + self.workload.held_bytes(running)) / 2**20
+        record.saved_kib = self.workload.saved_kib(model) if provider.run == "eager" else None
+        return call
 
-    def _time(self, entrants: list[Entrant], records: list[Record]) -> None:
-        calls = {entrant.provider.name: entrant.call for entrant in entrants}
-        if BASE in calls:
-            # The same thing under another name: how far apart the two come out is the noise.
-            calls["base_again"] = calls[BASE]
-            first = next(record for record in records if record.provider == BASE)
-            records.insert(records.index(first) + 1, replace(first, provider="base_again"))
-        times = interleaved(calls, self.machine, self.effort)
-        for record in records:
-            if record.provider in times:
-                values = times[record.provider]
-                record.runs = len(values)
-                record.q20_ms, record.median_ms, record.q80_ms = (quantile(values, q) for q in (0.2, 0.5, 0.8))
-        for field, provider in (("ratio_to_base", BASE), ("ratio_to_peft", EAGER_PEFT)):
-            for record in records:
-                if provider in times and record.provider in times:
-                    setattr(record, field, paired_ratio(times[record.provider], times[provider]))
+    def _time(self, calls: dict[str, Call], records: dict[str, Record]) -> None:
+        times = interleaved(calls, self.device, self.effort)
+        for name, values in times.items():
+            enter_times(records[name], values)
+            for field, rival in (("ratio_to_base", BASE), ("ratio_to_peft", EAGER_PEFT)):
+                if rival in times:
+                    setattr(records[name], field, paired_ratio(values, times[rival]))
         # After the times: a profiler that has been on may slow what comes next.
-        for entrant in entrants:
-            launches = self.machine.launches(entrant.call)
-            for record in records:
-                if calls.get(record.provider) is entrant.call:
-                    record.launches = launches
+        for name, call in calls.items():
+            records[name].launches = records[BASE].launches if name == BASE_AGAIN else self.device.launches(call)

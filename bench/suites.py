@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from bench.cases import DIRECTIONS, Case
-from bench.device import Machine
-from bench.files import FileMeasurement
+from bench.device import Device
+from bench.files import measure_files
 from bench.floors import Rates
 from bench.providers import PROVIDERS, Provider
 from bench.records import Record
-from bench.runner import Effort, Measurement, blank
+from bench.runner import Effort, Measurement, blank, noting
 from bench.workloads import make_base
 
 Work = tuple[Case, str]
@@ -33,7 +33,7 @@ def work_of(cases: Sequence[Case], wanted: Callable[[str], bool]) -> list[Work]:
 
 def measure(
     work: Sequence[Work],
-    machine: Machine,
+    device: Device,
     rates: Rates,
     effort: Effort,
     providers: Sequence[Provider] = PROVIDERS,
@@ -42,22 +42,20 @@ def measure(
     kept: tuple[tuple[str, str, str], nn.Module] | None = None
     for case, direction in work:
         key = (case.suite, case.shape, case.dtype)
-        try:
+        records = [blank(case, direction, "all")]
+        # The device's memory may have run out, say; the next case may be smaller.
+        with noting(records):
             if kept is None or kept[0] != key:
                 kept = None
                 gc.collect()
-                kept = (key, make_base(case, machine.device))
+                kept = (key, make_base(case, device.torch_device))
             if case.suite == "load":
-                records = FileMeasurement(case, machine, effort, kept[1]).run()
+                records = measure_files(case, device, effort, kept[1])
             else:
-                records = Measurement(case, direction, machine, rates, effort, kept[1]).run(providers)
-        except Exception as error:
-            # The machine's memory may have run out, say; the next case may be smaller.
-            reason = f"{type(error).__name__}: {error}"[:500]
-            records = [blank(case, direction, "all", status="failed", reason=reason)]
+                records = Measurement(case, direction, device, rates, effort, kept[1]).run(providers)
         yield (case, direction), records
         # What was compiled holds models; collecting first would leave them.
         torch._dynamo.reset()
         gc.collect()
-        if machine.device.type == "cuda":
+        if device.torch_device.type == "cuda":
             torch.cuda.empty_cache()

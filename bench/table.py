@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 from bench.records import Record, is_ours
@@ -18,48 +18,53 @@ def has_rich() -> bool:
     return importlib.util.find_spec("rich") is not None
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """Rounded to so many digits, large ones to none; empty where there is none."""
     if value is None:
         return ""
     return f"{value:.{digits}f}" if value < 100 else f"{value:,.0f}"
 
 
 def row(record: Record) -> list[str]:
-    """The cells of one record; what has no time says why not."""
+    """The cells of one record; what has no time has its status alone."""
     if record.status != "ok":
-        return [record.provider, record.status, record.reason or ""]
-    spread = f"{_number(record.q20_ms)}..{_number(record.q80_ms)}"
-    error = "" if record.max_rel_err is None else f"{record.max_rel_err:.0e}"
+        return [record.provider, record.status]
     return [
         record.provider,
-        _number(record.median_ms),
-        spread,
-        _number(record.ratio_to_base, 2),
-        _number(record.ratio_to_peft, 2),
-        _number(record.floor_ms),
-        "" if record.launches is None else str(record.launches),
-        _number(record.peak_mib, 1) if record.bytes_on_disk is None else f"{record.bytes_on_disk:,} B",
-        error,
+        number(record.median_ms),
+        f"{number(record.q20_ms)}..{number(record.q80_ms)}",
+        number(record.ratio_to_base, 2),
+        number(record.ratio_to_peft, 2),
+        number(record.floor_ms),
+        number(record.launches, 0),
+        number(record.peak_mib, 1) if record.bytes_on_disk is None else f"{record.bytes_on_disk:,} B",
+        "" if record.max_rel_err is None else f"{record.max_rel_err:.0e}",
     ]
 
 
 def by_case(records: Iterable[Record]) -> Iterator[tuple[str, list[Record]]]:
     """Neighbouring records of one case and direction, with their common id."""
-    for key, group in groupby(records, key=lambda r: r.id().rpartition("/")[0]):
+    for key, group in itertools.groupby(records, key=lambda r: r.id().rpartition("/")[0]):
         yield key, list(group)
 
 
 def show(records: Sequence[Record], stream: Any = None) -> None:
-    """Print one table for each case and direction."""
+    """Print one table for each case and direction, and below it why some have no time."""
     stream = stream or sys.stdout
     for title, group in by_case(records):
+        rows = [row(record) for record in group]
         if has_rich():
-            _show_rich(title, group, stream)
+            _show_rich(title, rows, stream)
         else:
-            _show_plain(title, group, stream)
+            print(f"\n{title}", file=stream)
+            for first, *others in (COLUMNS, *rows):
+                print(f"{first:22}" + "".join(f"{cell:>16}" for cell in others), file=stream)
+        for record in group:
+            if record.status != "ok":
+                print(f"  {record.provider}: {record.status}: {record.reason}", file=stream)
 
 
-def _show_rich(title: str, records: list[Record], stream: Any) -> None:
+def _show_rich(title: str, rows: list[list[str]], stream: Any) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -67,58 +72,25 @@ def _show_rich(title: str, records: list[Record], stream: Any) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    notes = []
-    for record in records:
-        cells = row(record)
-        if record.status == "ok":
-            table.add_row(*map(Text, cells))
-        else:
-            table.add_row(Text(cells[0]), Text(cells[1], style="red" if record.status == "wrong" else "dim"))
-            notes.append(f"  {cells[0]}: {cells[1]}: {cells[2]}")
-    console = Console(file=stream, width=None if stream.isatty() else 120)
-    console.print(table)
-    for note in notes:
-        console.print(Text(note))
-
-
-def _show_plain(title: str, records: list[Record], stream: Any) -> None:
-    print(f"\n{title}", file=stream)
-    print("".join(f"{name:>16}" if i else f"{name:22}" for i, name in enumerate(COLUMNS)), file=stream)
-    for record in records:
-        cells = row(record)
-        if record.status == "ok":
-            print("".join(f"{cell:>16}" if i else f"{cell:22}" for i, cell in enumerate(cells)), file=stream)
-        else:
-            print(f"{cells[0]:22}{cells[1]:>16}  {cells[2]}", file=stream)
+    for cells in rows:
+        table.add_row(*map(Text, cells), style="red" if cells[1] == "wrong" else None)
+    Console(file=stream, width=None if stream.isatty() else 120).print(table)
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Any]:
+def progress(total: int) -> Iterator[Callable[[str], None]]:
     """Yield a function to call with the name of what comes next; it moves a bar, or prints a line."""
-    if has_rich() and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=total)
-            count = 0
-
-            def step(name: str) -> None:
-                nonlocal count
-                bar.update(task, description=name, completed=count)
-                count += 1
-
-            yield step
+    begun = itertools.count()
+    if not (has_rich() and sys.stderr.isatty()):
+        yield lambda name: print(f"[{next(begun) + 1}/{total}] {name}", file=sys.stderr, flush=True)
         return
-    count = 0
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def line(name: str) -> None:
-        nonlocal count
-        count += 1
-        print(f"[{count}/{total}] {name}", file=sys.stderr, flush=True)
-
-    yield line
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda name: bar.update(task, description=name, completed=next(begun))
 
 
 def show_floors(rows: list[dict[str, float]], stream: Any = None) -> None:
@@ -152,8 +124,8 @@ def _ratio_cells(mine: Record, other: Record | None, by_name: dict[str, Record])
     if problems or other is None:
         return "  " + "; ".join(problems or ["PEFT was not measured"])
     base, again = by_name.get("base"), by_name.get("base_again")
-    cells = [_number(mine.median_ms), _number(other.median_ms), _number(mine.ratio_to_peft), ""]
+    cells = [number(mine.median_ms), number(other.median_ms), number(mine.ratio_to_peft), ""]
     if base and again and base.median_ms and again.median_ms:
         cells[-1] = f"{abs((again.ratio_to_base or 0) - 1):.1%}"
-    cells += [_number(mine.saved_kib, 0), _number(other.saved_kib, 0)]
+    cells += [number(mine.saved_kib, 0), number(other.saved_kib, 0)]
     return "".join(f"{cell:>14}" for cell in cells)

@@ -10,35 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import ALL_LINEARS, LINEARS, MODELS, Case
+from bench.cases import ALL_LINEARS, MODELS, Case
+from bench.floors import Shape
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Sets of inputs that take turns.
 SETS = 3
 
 
-class OneLinear(nn.Module):
-    """A linear layer by the name `q_proj`."""
+class Linears(nn.Module):
+    """The linears of a transformer layer and nothing between them: o takes what q gives, down what gate gives.
 
-    def __init__(self, K: int, N: int, **make: Any) -> None:
+    Args:
+        shapes: (in, out) of each of ALL_LINEARS, or of `q_proj` alone.
+    """
+
+    def __init__(self, shapes: list[Shape], **make: Any) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(K, N, bias=False, **make)
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (self.q_proj(x),)
-
-
-class SevenLinears(nn.Module):
-    """The linears of a transformer layer and nothing between them: o takes what q gives, down what gate gives."""
-
-    def __init__(self, hidden: int, inner: int, narrow: int, **make: Any) -> None:
-        super().__init__()
-        sizes = {"k_proj": (hidden, narrow), "v_proj": (hidden, narrow), "down_proj": (inner, hidden)}
-        sizes |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
-        for name in ALL_LINEARS:
-            setattr(self, name, nn.Linear(*sizes.get(name, (hidden, hidden)), bias=False, **make))
+        for name, (K, N) in zip(ALL_LINEARS, shapes, strict=False):
+            setattr(self, name, nn.Linear(K, N, bias=False, **make))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not hasattr(self, "o_proj"):
+            return (self.q_proj(x),)
         attended = self.o_proj(self.q_proj(x))
         return (
             self.k_proj(x),
@@ -51,13 +45,8 @@ class SevenLinears(nn.Module):
 def make_base(case: Case, device: torch.device) -> nn.Module:
     """The frozen model of a case, with random weights that keep the size of what passes through."""
     make: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}
-    if case.suite == "layer":
-        base: nn.Module = OneLinear(*LINEARS[case.shape], **make)
-    elif case.suite == "block":
-        sizes = dict(zip(ALL_LINEARS, case.shapes(), strict=True))
-        base = SevenLinears(*sizes["gate_proj"], sizes["k_proj"][1], **make)
-    else:
-        base = _llama(case, device)
+    in_layers = case.suite in ("layer", "block")
+    base = Linears(case.shapes(), **make) if in_layers else _llama(case, **make)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in base.parameters():
@@ -66,18 +55,17 @@ def make_base(case: Case, device: torch.device) -> nn.Module:
     return base.requires_grad_(False)
 
 
-def _llama(case: Case, device: torch.device) -> nn.Module:
+def _llama(case: Case, device: torch.device, dtype: torch.dtype) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**MODELS[case.shape], max_position_embeddings=4096, use_cache=False)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[case.dtype])
+    torch.set_default_dtype(dtype)
     try:
         with device:
-            model = LlamaForCausalLM(config)
+            return LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return model
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

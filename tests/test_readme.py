@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatch):
@@ -33,19 +34,51 @@ def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatc
     assert (merged - original.eval()(tokens).logits).abs().max() > 1e-4
 
 
-def test_map_of_the_readme_names_only_what_exists():
-    root = Path(__file__).parents[1]
+def on_the_map() -> set[str]:
+    """Every file and folder that the map names, as a path: the first word of a line, and each `name.py` beside it.
+
+    A line that is indented is about something in vblora_triton/, and one further in goes on with the line above it.
+    What stands beside a folder is in that folder; what stands beside a file is next to it.
+    """
     (code_map,) = re.findall(r"## Map of the code\n\n```\n(.*?)```", README, re.DOTALL)
-    package = False
+    named, folder = set(), ""
     for line in code_map.splitlines():
-        name = line.split()[0]
-        package = line.startswith("  ")
-        assert (root / "vblora_triton" / name if package else root / name).exists(), line
+        text = line
+        if line[:3].strip():
+            name, _, text = line.strip().partition(" ")
+            parent = "vblora_triton/" if line.startswith("  ") else ""
+            named.add((parent + name).rstrip("/"))
+            folder = parent + name if name.endswith("/") else parent
+        named |= {folder + word for word in re.findall(r"[\w/]+\.py", text) if word != "__init__.py"}
+    return named
+
+
+def test_map_of_the_readme_is_the_tree():
+    named = on_the_map()
+    gone = {name for name in named if not (ROOT / name).exists()}
+    folders = {*(path.parent for path in ROOT.glob("[!.]*/*.py")), *(ROOT / "vblora_triton").glob("[!_]*")}
+    modules = {path for top in ("kernels", "vblora_triton", "tools") for path in (ROOT / top).rglob("[!_]*.py")}
+    there = {path.relative_to(ROOT).as_posix() for path in modules | {path for path in folders if path.is_dir()}}
+    missing = {name for name in there if not name.startswith("vblora_triton/kernels/")} - named
+    assert not gone | missing, f"gone: {sorted(gone)}; not on the map: {sorted(missing)}"
+
+
+def test_paths_of_contributing_exist():
+    gone = []
+    for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        folders = [ROOT, ROOT / "vblora_triton"]
+        for name in re.findall(r"`([\w./]+(?:/|\.py|\.md|\.txt))`", line):
+            found = next((folder / name for folder in reversed(folders) if (folder / name).exists()), None)
+            gone += [] if found else [name]
+            # What the rest of the line names may be in it.
+            folders += [found] if found and found.is_dir() else []
+    assert not gone
 
 
 def test_table_of_the_readme_holds_the_numbers_of_its_report():
-    report = json.loads((Path(__file__).parents[1] / "bench" / "results" / "demo.json").read_text())
-    lines = {line[:36].strip(): line[36:].split()[0] for line in README.splitlines() if line.startswith("  ")}
+    report = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    rows = [line for line in README.splitlines() if line.startswith("  ") and line[36:].strip()]
+    lines = {line[:36].strip(): line[36:].split()[0] for line in rows}
     assert float(lines["before (base model alone)"]) == round(report["loss_before"], 4)
     assert float(lines["after"]) == round(report["loss_after"], 4)
     sizes = [int(value.replace(",", "")) for name, value in lines.items() if "," in value and value[0].isdigit()]

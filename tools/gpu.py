@@ -34,15 +34,19 @@ TESTS = [
 ]
 
 
+def limited(seconds: float, *module: str) -> int | None:
+    """The exit status of `python -m module`, or None where the time did not suffice."""
+    try:
+        return subprocess.run([sys.executable, "-m", *module], cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def run_tests(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
     """Run the tests that run kernels, natively; count what pytest counted and name what failed."""
-    report = folder / "pytest.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += [f"tests/{name}" for name in TESTS]
-    try:
-        code: int | None = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        code = None
+    report = (folder / "pytest.xml").resolve()
+    tests = [f"tests/{name}" for name in TESTS]
+    code = limited(seconds, "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests)
     if not report.exists():
         return {"ok": False, "exit_code": code, "reason": f"no report; the limit was {seconds:.0f} s"}
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -77,24 +81,11 @@ def run_sanitizer(folder: Path, seconds: float, commit: str | None = None) -> di
 
 def run_times(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
     """Run the benchmark's quick cases; their results are in bench.json beside gpu.json."""
-    path = folder / "bench.json"
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "--quick",
-        "--json",
-        str(path.resolve()),
-        "--minutes",
-        str(seconds / 60 - 0.5),
-        *(["--commit", commit] if commit else []),
-    ]
+    path = (folder / "bench.json").resolve()
     # An earlier run's must not pass for this one's.
     path.unlink(missing_ok=True)
-    try:
-        code: int | None = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        code = None
+    options = ["--quick", "--json", str(path), "--minutes", str(seconds / 60 - 0.5)]
+    code = limited(seconds, "bench", *options, *(["--commit", commit] if commit else []))
     if not path.exists():
         return {"ok": False, "exit_code": code, "reason": "no results"}
     header, records = load(path)
@@ -113,10 +104,9 @@ def run_part(part: str, folder: Path, seconds: float, commit: str | None) -> dic
 def earlier(path: Path) -> dict[str, Any]:
     """What gpu.json holds from runs of other parts; nothing where there is none, or half of one."""
     try:
-        found = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 PARTS: dict[str, Callable[[Path, float, str | None], dict[str, Any]]] = {

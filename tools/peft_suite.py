@@ -28,14 +28,8 @@ from tools.peft_plugin import read_record
 ROOT = Path(__file__).parents[1]
 MODES = ("unpatched", "patched")
 METHODS = ("vblora", "vera")
-# What its tests import, and the development environment does not have: the module, and what to install.
-NEEDED = {
-    "attr": "attrs",
-    "datasets": "datasets",
-    "diffusers": "diffusers",
-    "parameterized": "parameterized",
-    "scipy": "scipy",
-}
+# What its tests import, and the development environment does not have.
+NEEDED = ("attrs", "datasets", "diffusers", "parameterized", "scipy")
 # Most telling first; what is left when the time is over is reported as not run.
 GROUPS = {
     "own": ["test_vblora.py", "test_vera.py"],
@@ -77,7 +71,7 @@ def fetch(folder: Path, version: str) -> Path:
 
 def interpreter(folder: Path) -> str:
     """Return a Python that has what PEFT's tests import: this one, or one beside it that sees its packages."""
-    if all(importlib.util.find_spec(name) for name in NEEDED):
+    if all(map(importlib.util.find_spec, NEEDED)):
         return sys.executable
     python = folder / "venv" / "bin" / "python"
     done = folder / "venv" / ".installed"
@@ -89,7 +83,7 @@ def interpreter(folder: Path) -> str:
         paths = dict.fromkeys(p for p in sys.path if p.endswith("-packages"))
         Path(own, "beside.pth").write_text("\n".join(paths or [sysconfig.get_path("purelib")]) + "\n")
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*command, "-c", str(ROOT / "constraints.txt"), *NEEDED.values()], check=True)
+        subprocess.run([*command, "-c", str(ROOT / "constraints.txt"), *NEEDED], check=True)
         done.touch()
     return str(python)
 
@@ -98,19 +92,10 @@ def run(python: str, tests: Path, files: list[str], record: Path, mode: str, onl
     """Run some files of tests in one mode, and add the outcomes to the record; False where the time did not suffice."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {} if online else {"HF_DATASETS_OFFLINE": "1"}
-    command = [
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "--no-header",
-        "--tb=short",
-        "--continue-on-collection-errors",
-        "-p",
-        "tools.peft_plugin",
-    ]
+    command = [python, "-m", "pytest", "-q", "--no-header", "--tb=short", "--continue-on-collection-errors"]
     # An empty configuration, so that neither ours nor PEFT's has a say.
-    command += ["-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests.parent}", f"--record={record}"]
+    command += ["-c", os.devnull, f"--rootdir={tests.parent}", "-p", "no:cacheprovider"]
+    command += ["-p", "tools.peft_plugin", f"--record={record}"]
     command += [] if online else ["--no-hub"]
     command += ["--patched"] if mode == "patched" else []
     command += [f"tests/{name}" for name in files if (tests / name).exists()]

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vblora_triton.tuner.config import AdapterFileError, PeftConfig, PeftType, TaskType
+from vblora_triton.hub import AdapterFileError
+from vblora_triton.tuner.config import PeftConfig, PeftType, TaskType
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vera.config import VeraConfig
 

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from vblora_triton import hub, task_models
+from vblora_triton.hub import AdapterFileError
 from vblora_triton.peft_model import PeftModel
-from vblora_triton.tuner.config import AdapterFileError, PeftConfig, TaskType
+from vblora_triton.tuner.config import PeftConfig, TaskType
 
 # What both from_pretrained() of a base model and the download of an adapter take.
 _SHARED_OPTIONS = ("token", "cache_dir", "force_download", "local_files_only")
@@ -64,7 +65,8 @@ class AutoPeftModel:
                 pretrained_model_name_or_path, own.get("subfolder"), revision=revision, **shared
             )
         if cls is AutoPeftModel and config.task_type is not None:
-            cls = _class_for_task(config.task_type)
+            wanted = PeftModel.class_for(config)
+            cls = next(kind for kind in AutoPeftModel.__subclasses__() if kind._peft_class is wanted)
         base_class = cls._base_class(config, import_allowlist)
         if not config.base_model_name_or_path:
             raise AdapterFileError(
@@ -87,12 +89,11 @@ class AutoPeftModel:
     @classmethod
     def _base_class(cls, config: PeftConfig, import_allowlist: list[str] | None) -> Any:
         if config.task_type is not None:
-            task = TaskType(config.task_type)
-            expected = task_models.TASK_CLASSES[task].__name__
-            if expected != cls._peft_class.__name__:
+            wanted = PeftModel.class_for(config)
+            if wanted is not cls._peft_class:
                 raise ValueError(
-                    f"The adapter's `task_type` is {task.value!r}, for which {cls.__name__} is the wrong "
-                    f"class; use Auto{expected}."
+                    f"The adapter's `task_type` is {TaskType(config.task_type).value!r}, for which {cls.__name__} is "
+                    f"the wrong class; use Auto{wanted.__name__}."
                 )
         if cls._auto_class is not None:
             return getattr(import_module("transformers"), cls._auto_class)
@@ -128,11 +129,6 @@ def _fit_vocabulary(base: Any, model_id: str | os.PathLike, revision: str | None
     tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, **shared)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
-
-
-def _class_for_task(task_type: Any) -> type[AutoPeftModel]:
-    peft_class = task_models.TASK_CLASSES[TaskType(task_type)]
-    return next(kind for kind in AutoPeftModel.__subclasses__() if kind._peft_class is peft_class)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vblora_triton.card import CARD_NAME, model_card
-from vblora_triton.tuner.config import CONFIG_NAME, AdapterFileError, PeftConfig, replacing
+from vblora_triton.hub import CONFIG_NAME, AdapterFileError
+from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.keys import adapter_keys, buffers_outside
 from vblora_triton.tuner.layer import MergingLayer
 from vblora_triton.tuner.model import BaseTuner
@@ -32,11 +32,6 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-def adapter_folder(save_directory: str | os.PathLike, adapter_name: str) -> Path:
-    """Return where an adapter goes: "default" into the folder itself, another into a folder of its name inside."""
-    return Path(save_directory) if adapter_name == "default" else Path(save_directory, adapter_name)
 
 
 def adapter_state_dict(
@@ -81,7 +76,9 @@ def save_adapters(
     safe: bool = True,
     write: bool = True,
 ) -> None:
-    """Write adapters with their configurations and model cards, each into its folder; all are read before any is.
+    """Write adapters with their configurations and model cards; every one is read before the first is written.
+
+    "default" goes into the folder itself, another adapter into a folder of its name inside.
 
     Args:
         state_dict: see `adapter_state_dict`.
@@ -105,7 +102,7 @@ def save_adapters(
         if any(getattr(config, field) is not None for field in config.own_fields):
             # PEFT passes over what it does not know; whole names say the same to it.
             changed["target_modules"] = sorted(key for key, layer in tuner.layers() if name in layer.r)
-        folder = adapter_folder(save_directory, name)
+        folder = Path(save_directory) if name == "default" else Path(save_directory, name)
         write_adapter(folder, tensors, config.to_json(**changed), model_card(config), safe)
 
 
@@ -163,8 +160,6 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, EOFError, AttributeError) as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # torch.load lets any error of a broken pickle through
         raise AdapterFileError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(tensors, dict) or not all(
@@ -174,18 +169,19 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return path, tensors
 
 
-def check_adapter(
-    tuner_class: type[BaseTuner], config: Any, expected: dict[str, tuple[int, ...]], folder: Path
-) -> tuple[dict[str, Tensor], bool]:
+def read_adapter(
+    tuner_class: type[BaseTuner], config: Any, expected: dict[str, tuple[int, ...]], folder: Path, is_trainable: bool
+) -> dict[str, Tensor]:
     """Read an adapter's weights and check that they are what a model expects. Touches no model.
 
     Args:
         expected: file key -> shape, of the adapter in its full form.
+        is_trainable: the adapter is to be trained.
     Returns:
-        What the model is to hold, by key, and whether that serves inference only.
+        What the model is to hold, by key.
     Raises:
         AdapterFileError: missing or unknown keys, wrong shapes or dtypes, values that are not finite, indices out of
-            range; one error that names them all.
+            range, in one error that names them all; or `is_trainable`, and the file serves inference only.
     """
     path, stored = read_tensors(folder)
     if getattr(config, "bias", "none") == "all":
@@ -207,7 +203,12 @@ def check_adapter(
     problems += [f"{key}: {problem}" for key, problem in sorted(broken.items())]
     if problems:
         raise AdapterFileError(f"{path} does not fit the model and {CONFIG_NAME}: {_some(problems, '; ')}.")
-    return tensors, inference_only
+    if is_trainable and inference_only:
+        raise AdapterFileError(
+            f"`is_trainable` is True, but the adapter in {str(folder)!r} was saved as top-k weights, which hold too "
+            "little for training; load one saved in full (save_only_topk_weights=False)."
+        )
+    return tensors
 
 
 def refill_config(config: Any, folder: Path) -> Any:
@@ -224,24 +225,22 @@ def refill_config(config: Any, folder: Path) -> Any:
     return read
 
 
-def check_trainable(is_trainable: bool, inference_only: bool, folder: Path) -> None:
-    """Raise AdapterFileError if an adapter that is to be trained was read from a file that serves inference only."""
-    if is_trainable and inference_only:
-        raise AdapterFileError(
-            f"`is_trainable` is True, but the adapter in {str(folder)!r} was saved as top-k weights, which hold too "
-            "little for training; load one saved in full (save_only_topk_weights=False)."
-        )
-
-
-def fill_adapter(tuner: BaseTuner, adapter_name: str, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+def fill_adapter(
+    tuner: BaseTuner, adapter_name: str, tensors: dict[str, Tensor], autocast_adapter_dtype: bool, keep_dtype: bool
+) -> None:
     """Put checked tensors into an adapter that is on the model.
 
     A parameter that has values keeps its identity, for an optimizer may hold it; one on the meta device is replaced.
 
     Args:
-        tensors: key -> value, from `check_adapter`.
-        dtype: of parameters that were on the meta device; None keeps the file's.
+        tensors: key -> value, from `read_adapter`.
+        autocast_adapter_dtype: parameters that were on the meta device become float32.
+        keep_dtype: where they do not, they keep the file's dtype instead of taking that of the base layers' weights.
     """
+    dtype: torch.dtype | None = torch.float32
+    if not autocast_adapter_dtype:
+        base = next((layer.weight.dtype for _, layer in tuner.layers()), torch.float32)
+        dtype = None if keep_dtype else base if base.is_floating_point else torch.float32
     done = tuner.set_form(adapter_name, tensors)
     with torch.no_grad():
         for key, live in adapter_keys(tuner, adapter_name).items():

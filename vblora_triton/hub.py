@@ -1,4 +1,7 @@
-"""Adapters on the Hugging Face Hub: found, downloaded and uploaded through huggingface_hub's own functions."""
+"""Adapters on the Hugging Face Hub: found, downloaded and uploaded through huggingface_hub's own functions.
+
+huggingface_hub is imported where it is called: reading a configuration from a folder must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vblora_triton.tuner.config import CONFIG_NAME, AdapterFileError
-
+CONFIG_NAME = "adapter_config.json"
 TOKENIZER_NAME = "tokenizer_config.json"
 
 # What a caller may say about a download, and hf_hub_download takes under the same names.
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "repo_type", "endpoint")
+
+
+class AdapterFileError(ValueError):
+    """A file of an adapter cannot be used; the message names the file and everything found wrong with it."""
 
 
 def local_folder(
@@ -40,7 +46,7 @@ def local_folder(
             f"{', '.join(DOWNLOAD_OPTIONS)}."
         )
     folder = Path(model_id, subfolder or "")
-    if Path(model_id).exists() or not _may_be_id(model_id):
+    if not _on_hub(model_id):
         return folder
     config = _download(str(model_id), CONFIG_NAME, subfolder, options)
     if config is None:
@@ -56,7 +62,7 @@ def local_folder(
 
 def has_tokenizer(model_id: str | os.PathLike, **options: Any) -> bool:
     """Say whether a tokenizer was saved with an adapter; of one on the Hub that cannot be asked, it is not known to."""
-    if Path(model_id).exists() or not _may_be_id(model_id):
+    if not _on_hub(model_id):
         return Path(model_id, TOKENIZER_NAME).is_file()
     try:
         return _download(str(model_id), TOKENIZER_NAME, None, options) is not None
@@ -64,7 +70,10 @@ def has_tokenizer(model_id: str | os.PathLike, **options: Any) -> bool:
         return False
 
 
-def _may_be_id(model_id: str | os.PathLike) -> bool:
+def _on_hub(model_id: str | os.PathLike) -> bool:
+    """Say whether to ask the Hub: nothing of that name is here, and it has the form of an id."""
+    if Path(model_id).exists():
+        return False
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

@@ -6,9 +6,10 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
+from vblora_triton.tuner.model import BaseTuner
 
 
 @dataclass
@@ -70,13 +71,17 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ValueError: there are none.
     """
     tuner = _tuner(model)
-    found = [(name, module) for name, module in tuner.named_modules() if _has_adapters(module)]
-    if not found:
+    layers = [
+        _layer_status(name, module)
+        for name, module in tuner.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    ]
+    if not layers:
         raise ValueError(
             f"`model` is a {type(model).__name__} without adapters; give one that get_peft_model() or "
             "PeftModel.from_pretrained() returned."
         )
-    return [_layer_status(name, module) for name, module in found]
+    return layers
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -127,13 +132,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _tuner(model: nn.Module) -> Any:
-    from vblora_triton.peft_model import PeftModel
-
-    return model.base_model if isinstance(model, PeftModel) else model
-
-
-def _has_adapters(module: nn.Module) -> bool:
-    return isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    """Return the adapted model inside a PeftModel; any other model itself."""
+    inner = getattr(model, "base_model", None)
+    return inner if isinstance(inner, BaseTuner) else model
 
 
 def _layer_status(name: str, layer: Any) -> TunerLayerStatus:
@@ -146,12 +147,8 @@ def _layer_status(name: str, layer: Any) -> TunerLayerStatus:
         merged_adapters=list(getattr(layer, "merged_adapters", ())),
         requires_grad={adapter: _agreed(t.requires_grad for t in own) for adapter, own in tensors.items()},
         available_adapters=sorted(tensors),
-        devices={adapter: _device_types(own) for adapter, own in tensors.items()},
+        devices={adapter: sorted({tensor.device.type for tensor in own}) for adapter, own in tensors.items()},
     )
-
-
-def _device_types(tensors: Iterable[Tensor]) -> list[str]:
-    return sorted({tensor.device.type for tensor in tensors})
 
 
 def _agreed(values: Iterable[Hashable]) -> Any:

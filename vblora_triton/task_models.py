@@ -1,169 +1,94 @@
-"""The PeftModels of the tasks: each takes its task's arguments by name, and trains the task's head in full.
-
-Callers such as transformers.Trainer look at the signatures, to know which columns of a data set the model takes.
-"""
+"""The PeftModels of the tasks: each takes its task's arguments by name, and trains the task's head in full."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import Parameter, Signature
 from typing import Any
 
-from vblora_triton.peft_model import PeftModel
+from vblora_triton.model import TASK_CLASSES, PeftModel
 from vblora_triton.tuner.config import TaskType
 
+_TEXT = ("input_ids", "attention_mask", "inputs_embeds")
+_OUTPUT = ("output_attentions", "output_hidden_states", "return_dict")
 
-class _TaskModel(PeftModel):
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        labels: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+
+def _forward(*names: str) -> Callable[..., Any]:
+    """Make a forward() that takes these arguments by name or in this order, and any others by name.
+
+    They stand in its signature, where transformers.Trainer and others look for the columns that a model takes.
+    """
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         """Call the adapted model with the arguments that are given; see `PeftModel.forward`."""
-        return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
-
-    def _call(self, kwargs: dict[str, Any], **named: Any) -> Any:
+        if len(args) > len(names):
+            raise TypeError(
+                f"forward() takes {len(names)} arguments by position, {', '.join(names)}, but got {len(args)}; give "
+                "the others by name."
+            )
         # Not every model has every argument, and to leave one out means the same as None.
-        given = {name: value for name, value in named.items() if value is not None}
-        return PeftModel.forward(self, **given, **kwargs)
+        in_order = {name: value for name, value in zip(names, args, strict=False) if value is not None}
+        by_name = {name: value for name, value in kwargs.items() if value is not None or name not in names}
+        return PeftModel.forward(self, **in_order, **by_name)
+
+    named = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Any) for name in names]
+    first, last = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), Parameter("kwargs", Parameter.VAR_KEYWORD)
+    forward.__signature__ = Signature([first, *named, last])  # type: ignore[attr-defined]
+    return forward
 
 
-class PeftModelForCausalLM(_TaskModel):
+class PeftModelForCausalLM(PeftModel):
     """A language model with adapters."""
 
     task_type = TaskType.CAUSAL_LM
+    forward = _forward(*_TEXT, "labels", *_OUTPUT)
 
 
-class PeftModelForSequenceClassification(_TaskModel):
+class PeftModelForSequenceClassification(PeftModel):
     """A classifier of sequences with adapters; its head, `classifier` or `score`, is trained and saved whole."""
 
     task_type = TaskType.SEQ_CLS
     task_heads = ("classifier", "score")
+    forward = _forward(*_TEXT, "labels", *_OUTPUT)
 
 
-class PeftModelForTokenClassification(_TaskModel):
+class PeftModelForTokenClassification(PeftModel):
     """A classifier of tokens with adapters; its head, `classifier` or `score`, is trained and saved whole."""
 
     task_type = TaskType.TOKEN_CLS
     task_heads = ("classifier", "score")
+    forward = _forward(*_TEXT, "labels", *_OUTPUT)
 
 
-class PeftModelForQuestionAnswering(_TaskModel):
+class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question answering model with adapters; its head, `qa_outputs`, is trained and saved whole."""
 
     task_type = TaskType.QUESTION_ANS
     task_heads = ("qa_outputs",)
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        position_ids: Any = None,
-        inputs_embeds: Any = None,
-        start_positions: Any = None,
-        end_positions: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Call the adapted model with the arguments that are given; see `PeftModel.forward`."""
-        return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+    forward = _forward(
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("start_positions", "end_positions"),
+        *_OUTPUT,
+    )
 
 
-class PeftModelForSeq2SeqLM(_TaskModel):
+class PeftModelForSeq2SeqLM(PeftModel):
     """An encoder-decoder language model with adapters."""
 
     task_type = TaskType.SEQ_2_SEQ_LM
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        decoder_input_ids: Any = None,
-        decoder_attention_mask: Any = None,
-        decoder_inputs_embeds: Any = None,
-        labels: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Call the adapted model with the arguments that are given; see `PeftModel.forward`."""
-        return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+    forward = _forward(
+        *_TEXT,
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+        "labels",
+        *_OUTPUT,
+    )
 
 
-class PeftModelForFeatureExtraction(_TaskModel):
+class PeftModelForFeatureExtraction(PeftModel):
     """A model whose hidden states are wanted, with adapters."""
 
     task_type = TaskType.FEATURE_EXTRACTION
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Call the adapted model with the arguments that are given; see `PeftModel.forward`."""
-        return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+    forward = _forward(*_TEXT, *_OUTPUT)
 
 
-TASK_CLASSES: dict[TaskType, type[PeftModel]] = {
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
+TASK_CLASSES.update({kind.task_type: kind for kind in PeftModel.__subclasses__() if kind.task_type is not None})

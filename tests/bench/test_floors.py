@@ -7,13 +7,11 @@ from bench.floors import (
     LLAMA2_7B,
     Rates,
     base_time,
-    decode_overhead,
     flat,
     must_take,
     overhead,
     peft_overhead,
     table,
-    vera_overhead,
 )
 
 # One layer of Llama-2-7B over the frozen base alone, forward / backward: separate kernels, grouped, in the epilogue.
@@ -37,19 +35,6 @@ def test_plans_of_kernels_cost_what_the_design_says(M, direction):
 def test_pefts_eager_layers_cost_what_the_design_says_where_bytes_decide(M, expected):
     found = [peft_overhead(flat(LLAMA2_7B), M, direction, H200) for direction in ("fwd", "bwd")]
     assert found == pytest.approx(expected, rel=0.015)
-
-
-def test_decode_and_vera_cost_what_the_design_says():
-    model = LLAMA2_7B * 32
-    plans = {"separate": 1.30, "grouped": 1.17, "epilogue": 1.00}
-    assert {plan: decode_overhead(model, plan, H200) for plan in plans} == pytest.approx(plans, abs=0.005)
-    assert decode_overhead(model, "peft_graph", H200) == pytest.approx(3.7, rel=0.02)
-    assert decode_overhead(model, "peft_eager", H200) == pytest.approx(7.1, rel=0.03)
-    shapes = flat(LLAMA2_7B)
-    assert [vera_overhead(shapes, 256, d, H200) for d in ("fwd", "bwd")] == pytest.approx([1.10, 1.15], abs=0.005)
-    assert [vera_overhead(shapes, 256, d, H200, peft=True) for d in ("fwd", "bwd")] == pytest.approx(
-        [3.1, 3.5], rel=0.02
-    )
 
 
 def test_base_is_bound_by_the_weight_for_one_token_and_by_operations_for_many():

@@ -5,7 +5,7 @@ the adapter alone, and resumes from it or loads the best one. Two cases:
 
 * peft is installed. Then nothing is changed: an instance of ours answers to the question with yes, see `SeenAsPefts`.
 * peft is not installed. Then transformers has no class to ask about, and its answer is always no. When the first
-  PeftModel is made, `accept_in_trainer` puts our class where transformers would have put peft's.
+  PeftModel is made, `accept_in_trainer` puts `SeenAsPefts` where transformers would have put peft's class.
 
 Importing vblora_triton does neither. Written against transformers 5.10 to 5.23.
 """
@@ -72,18 +72,15 @@ def accept_in_trainer() -> None:
 
 def _is_adapted(model: Any) -> bool:
     """Answer Trainer's question without peft."""
-    from vblora_triton.peft_model import PeftModel
-
     # Trainer may have been imported since; it asks this first when it is made.
     _complete_trainer()
-    return isinstance(model, PeftModel)
+    return isinstance(model, SeenAsPefts)
 
 
 def _complete_trainer() -> None:
-    from vblora_triton.peft_model import PeftModel
-
     trainer: Any = sys.modules.get("transformers.trainer")
-    if trainer is not None and getattr(trainer, "PeftModel", None) is not PeftModel and hasattr(trainer, "Trainer"):
-        trainer.PeftModel = PeftModel
+    if trainer is not None and getattr(trainer, "PeftModel", None) is not SeenAsPefts and hasattr(trainer, "Trainer"):
+        # Trainer asks of it only whether a model is an instance.
+        trainer.PeftModel = SeenAsPefts
         trainer.is_peft_available = lambda: True
         trainer._is_peft_model = _is_adapted

@@ -1,6 +1,6 @@
 """The configuration that every adapter method shares, and how a configuration becomes `adapter_config.json`.
 
-Standard library only, so that reading a configuration costs no import of torch.
+Standard library alone, here and in hub.py, so that reading a configuration costs no import of torch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-CONFIG_NAME = "adapter_config.json"
+from vblora_triton.hub import CONFIG_NAME, AdapterFileError, local_folder
 
 # Whether a configuration is being read, and not chosen by somebody to whom advice would be of use.
 _READING: ContextVar[bool] = ContextVar("_READING", default=False)
 
 _Config = TypeVar("_Config", bound="PeftConfig")
-
-
-class AdapterFileError(ValueError):
-    """A file of an adapter cannot be used; the message names the file and everything found wrong with it."""
 
 
 class PeftType(str, Enum):
@@ -343,9 +339,7 @@ class PeftConfig:
             AdapterFileError: there is no such file, or it is broken, or it cannot be downloaded.
             TypeError: an unknown option.
         """
-        from vblora_triton import hub
-
-        folder = hub.local_folder(pretrained_model_name_or_path, (), subfolder, **options)
+        folder = local_folder(pretrained_model_name_or_path, (), subfolder, **options)
         if not (folder / CONFIG_NAME).is_file():
             raise AdapterFileError(
                 f"There is no {CONFIG_NAME} in {str(folder)!r}; give the folder of a saved adapter, or an id on the "
