@@ -10,7 +10,7 @@ from vblora_triton.vblora.layer import Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORWARD = ["_select_kernel", "_shrink_fwd_kernel", "_expand_fwd_kernel"]
-BACKWARD = ["_expand_bwd_kernel", "_sum_planes_kernel", "_shrink_bwd_kernel", "_parameter_grads_kernel"]
+BACKWARD = ["_expand_bwd_kernel", "_sum_partials_kernel", "_shrink_bwd_kernel", "_parameter_grads_kernel"]
 # The linear of the issue: Llama-2-7B's q at 4096 tokens, bf16 activations, fp32 parameters. Nothing is computed on it.
 LARGE = LinearCase(M=4096, K=4096, N=4096, r=4, h=256, b=256, dtype=torch.bfloat16)
 
@@ -185,13 +185,13 @@ def test_no_launch_sees_a_wide_copy_of_an_activation_nor_a_composed_matrix_nor_a
     M, K, r = LARGE.M, LARGE.K, LARGE.r
     assert {name for _, name, t in seen if t.numel() >= M * K} == {"X_ptr", "Base_ptr", "Y_ptr", "DY_ptr", "DX_ptr"}
     assert all(t.dtype == torch.bfloat16 for _, _, t in seen if t.numel() >= M * K)
-    # What is (r, K), or (N, r), is a sum's plane, never A or B.
+    # What is (r, K), or (N, r), is a partial sum, never A or B.
     sized_like_A = {name for _, name, t in seen if t.shape[-2:] in ((r, K), (K, r))}
     assert sized_like_A <= {"DA_ptr", "DB_ptr", "S_ptr", "DS_ptr", "STotal_ptr", "V_ptr", "Out_ptr"}
 
 
 @pytest.mark.parametrize("r", [1, 4, 8, 16, 33, 64])
-def test_planes_of_sums_stay_small_beside_the_activations_at_every_rank(r):
+def test_partial_sums_stay_small_beside_the_activations_at_every_rank(r):
     case = LinearCase(M=4096, K=2048, N=2048, r=r, h=256, b=256, dtype=torch.bfloat16)
     tensors = case.tensors()
     dy = tensors.pop("dy")

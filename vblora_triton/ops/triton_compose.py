@@ -21,9 +21,9 @@ def _forward(logits: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, Te
 
     rows, bank = as_rows(logits), vector_bank.contiguous()
     with on_device(logits.device):
-        selected, _ = launch_select(rows, rows[:0], topk)
-        out = launch_compose_fwd(bank, selected)
-    return out.view(*logits.shape[:-1], bank.shape[1]), *selected
+        indices, weights, *_ = launch_select(rows, rows[:0], topk)
+        out = launch_compose_fwd(bank, indices, weights)
+    return out.view(*logits.shape[:-1], bank.shape[1]), indices, weights
 
 
 def _forward_fake(logits: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,18 +46,15 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients of logits and vector_bank that `needs` asks for, in this order."""
     from vblora_triton.kernels.parameters import launch_parameter_grads
-    from vblora_triton.kernels.select import Selected
 
     rows, h = indices.shape[0], vector_bank.shape[0]
-    selected = Selected(indices, weights)
     # The rows are those of one A of rank 1, as wide as all mixtures together.
     with on_device(d_out.device):
         d_logits, _, d_bank = launch_parameter_grads(
             d_out.reshape(1, 1, -1).float().contiguous(),
             None,
             vector_bank.contiguous(),
-            selected,
-            selected,
+            (indices, weights, indices, weights),
             (torch.Size((1, rows, h)), torch.Size((0, 1, h))),
             (dtype, dtype),
             need_logits_A=needs[0],

@@ -41,17 +41,16 @@ def products(
     out: Tensor,
 ) -> Tensor:
     """out = base_out + dropout(x) A^T B^T; from the selection, or writing it, where `logits` are given. Returns s."""
+    from vblora_triton.kernels.dropout import Dropout
     from vblora_triton.kernels.expand import launch_expand_fwd
-    from vblora_triton.kernels.select import Selected
-    from vblora_triton.kernels.shrink import Dropout, launch_shrink_fwd
+    from vblora_triton.kernels.shrink import launch_shrink_fwd
 
     x_rows, N = x.reshape(-1, x.shape[-1]), out.shape[-1]
     base_rows = None if base_out is None else base_out.reshape(-1, N)
-    selected_A, selected_B = Selected(*selection[:2]), Selected(*selection[2:])
     logits_A, logits_B = (None, None) if logits is None else map(as_rows, logits)
     bank = vector_bank.contiguous()
-    planes = launch_shrink_fwd(x_rows, bank, selected_A, logits_A, r, Dropout.of(dropout_p, seed))
-    return launch_expand_fwd(planes, base_rows, bank, selected_B, logits_B, out.view(-1, N))
+    partials = launch_shrink_fwd(x_rows, bank, *selection[:2], logits_A, r, Dropout.of(dropout_p, seed))
+    return launch_expand_fwd(partials, base_rows, bank, *selection[2:], logits_B, out.view(-1, N))
 
 
 def _forward(
@@ -162,10 +161,11 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order."""
+    from vblora_triton.kernels.dropout import Dropout
     from vblora_triton.kernels.expand import launch_expand_bwd
-    from vblora_triton.kernels.parameters import launch_parameter_grads, launch_sum_planes
-    from vblora_triton.kernels.select import Selected
-    from vblora_triton.kernels.shrink import Dropout, launch_shrink_bwd
+    from vblora_triton.kernels.parameters import launch_parameter_grads
+    from vblora_triton.kernels.partials import launch_sum_partials
+    from vblora_triton.kernels.shrink import launch_shrink_bwd
 
     need_x, need_logits_A, need_logits_B, need_bank = needs
     need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
@@ -175,23 +175,22 @@ def _backward(
         )
         return [grad.zero_() for grad in empty]
     x_rows, dy_rows, bank = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), vector_bank.contiguous()
-    selected_A, selected_B = Selected(indices_A, weights_A), Selected(indices_B, weights_B)
+    A, B = (indices_A, weights_A), (indices_B, weights_B)
     # Of x's shape from the start: a view of it autograd could not add to in place.
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     dA = None
     with on_device(x.device):
-        ds_planes, dB = launch_expand_bwd(dy_rows, s, bank, selected_B, need_ds=need_x or need_dA, need_dB=need_dB)
-        if ds_planes is not None:
+        ds_partials, dB = launch_expand_bwd(dy_rows, s, bank, *B, need_ds=need_x or need_dA, need_dB=need_dB)
+        if ds_partials is not None:
             dropout = Dropout.of(dropout_p, seed)
-            ds = launch_sum_planes(ds_planes)
+            ds = launch_sum_partials(ds_partials)
             dx_rows = None if dx is None else dx.view(x_rows.shape)
-            dA = launch_shrink_bwd(x_rows, ds, bank, selected_A, dropout, dx_rows, need_dA=need_dA)
+            dA = launch_shrink_bwd(x_rows, ds, bank, *A, dropout, dx_rows, need_dA=need_dA)
         grads = launch_parameter_grads(
             dA,
             dB,
             bank,
-            selected_A,
-            selected_B,
+            (*A, *B),
             _logits_shapes(indices_A, indices_B, vector_bank),
             (dtype_A, dtype_B),
             need_logits_A=need_logits_A,
@@ -292,12 +291,9 @@ def _select(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
     from vblora_triton.kernels.select import launch_select
 
     with on_device(logits_A.device):
-        selected = launch_select(as_rows(logits_A), as_rows(logits_B), topk)
-    return tuple(  # type: ignore[return-value]
-        t.view(*logits.shape[:-1], topk)
-        for logits, pair in zip((logits_A, logits_B), selected, strict=True)
-        for t in pair
-    )
+        indices_A, weights_A, indices_B, weights_B = launch_select(as_rows(logits_A), as_rows(logits_B), topk)
+    shape_A, shape_B = (*logits_A.shape[:-1], topk), (*logits_B.shape[:-1], topk)
+    return indices_A.view(shape_A), weights_A.view(shape_A), indices_B.view(shape_B), weights_B.view(shape_B)
 
 
 _PARAMETERS = "Tensor logits_A, Tensor logits_B, Tensor vector_bank, int topk, float dropout_p, Tensor? seed"

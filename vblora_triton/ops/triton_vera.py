@@ -16,7 +16,7 @@ from vblora_triton.ops.support import on_device
 
 
 def _project(x: Tensor, A: Tensor, wide: bool, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    from vblora_triton.kernels.shrink import Dropout
+    from vblora_triton.kernels.dropout import Dropout
     from vblora_triton.kernels.vera import launch_project
 
     if x.numel() == 0:
@@ -24,7 +24,7 @@ def _project(x: Tensor, A: Tensor, wide: bool, dropout_p: float, seed: Tensor | 
         return tuple(t.zero_() for t in _project_fake(x, A, wide, dropout_p, seed))  # type: ignore[return-value]
     K = x.shape[-1]
     with on_device(x.device):
-        return launch_project(x.reshape(-1, K), A[:, :K], Dropout.of(dropout_p, seed), wide=wide)
+        return launch_project(x.reshape(-1, K), A[:, :K], Dropout.of(dropout_p, seed), all_fp32=wide)
 
 
 def _project_fake(x: Tensor, A: Tensor, wide: bool, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def _update(
     out: Tensor,
     wide: bool,
 ) -> None:
-    from vblora_triton.kernels.vera import Projected, launch_update
+    from vblora_triton.kernels.vera import ProjectedInput, launch_update
 
     N = lambda_b.shape[0]
     if out.numel() == 0:
@@ -58,7 +58,7 @@ def _update(
     base_rows = None if base_out is None else base_out.reshape(-1, N)
     with on_device(out.device):
         scales = lambda_b.contiguous(), lambda_d.contiguous()
-        launch_update(Projected(values, scale), base_rows, *scales, B[:N], out.view(-1, N), wide=wide)
+        launch_update(ProjectedInput(values, scale), base_rows, *scales, B[:N], out.view(-1, N), all_fp32=wide)
 
 
 def _linear_fwd(
@@ -120,8 +120,8 @@ def _backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, lambda_b and lambda_d that `needs` asks for, in this order."""
-    from vblora_triton.kernels.shrink import Dropout
-    from vblora_triton.kernels.vera import Projected, launch_input_grad, launch_scale_grads
+    from vblora_triton.kernels.dropout import Dropout
+    from vblora_triton.kernels.vera import ProjectedInput, launch_input_grad, launch_scale_grads
 
     need_x, *need_scales = needs
     grads = _backward_fake(
@@ -135,9 +135,9 @@ def _backward(
     with on_device(dy.device):
         if need_x:
             dropout = Dropout.of(dropout_p, seed)
-            launch_input_grad(dy_rows, *scales, A[:, :K], B[:N], dropout, grads[0].view(-1, K), wide=wide)
+            launch_input_grad(dy_rows, *scales, A[:, :K], B[:N], dropout, grads[0].view(-1, K), all_fp32=wide)
         if any(need_scales):
-            both = launch_scale_grads(dy_rows, Projected(values, scale), *scales, B[:N], wide=wide)
+            both = launch_scale_grads(dy_rows, ProjectedInput(values, scale), *scales, B[:N], all_fp32=wide)
             grads[need_x:] = [grad for grad, need in zip(both, need_scales, strict=True) if need]
     return grads
 
