@@ -7,38 +7,31 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
-from .select import Selected
-
-
-@triton.jit
-def _load_planes(D_ptr, offs, mask, planes, stride_plane):
-    d_ptrs = D_ptr + offs
-    d = tl.load(d_ptrs, mask=mask, other=0.0)
-    for plane in range(1, planes):
-        # In 64 bits: many planes of a large M pass 2^31 elements.
-        d += tl.load(d_ptrs + tl.cast(plane, tl.int64) * stride_plane, mask=mask, other=0.0)
-    return d
+from .partials import load_partials
 
 
 @triton.jit
 def _logits_grad_row(
-    row,
     D_ptr,
-    start_d,
-    planes,
-    stride_plane,
     Bank_ptr,
     Idx_ptr,
     W_ptr,
     DLogits_ptr,
+    row,
+    start_d,
     H,
+    partials,
+    stride_dp,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
-    K_PAD: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """dlogits[row, index_k] = w_k (g_k - sum_j w_j g_j), g_k = d . bank[index_k]; zero elsewhere."""
+    """dlogits[row, index_k] = w_k (g_k - sum_j w_j g_j), g_k = d . bank[index_k]; zero elsewhere.
+
+    d, (VECTOR), is what dA or dB has from start_d on: the gradient of this row's mixture.
+    """
+    K_PAD: tl.constexpr = triton.next_power_of_2(TOPK)
     offs_k = tl.arange(0, K_PAD)
     mask_k = offs_k < TOPK
     index = tl.load(Idx_ptr + row * TOPK + offs_k, mask=mask_k, other=0)
@@ -47,7 +40,7 @@ def _logits_grad_row(
     for start_c in range(0, VECTOR, BLOCK_ROW):
         offs_c = start_c + tl.arange(0, BLOCK_ROW)
         mask_c = offs_c < VECTOR
-        d = _load_planes(D_ptr, start_d + offs_c, mask_c, planes, stride_plane)
+        d = load_partials(D_ptr + (start_d + offs_c), 0, mask_c, partials, stride_dp)
         v_ptrs = Bank_ptr + index[:, None] * VECTOR + offs_c[None, :]
         v = tl.load(v_ptrs, mask=mask_k[:, None] & mask_c[None, :], other=0.0).to(tl.float32)  # (K_PAD, BLOCK_ROW)
         g += tl.sum(v * d[None, :], axis=1)
@@ -63,23 +56,26 @@ def _logits_grad_row(
 def _add_rows(
     acc,
     D_ptr,
-    rows,
-    R,
-    C,
-    tiles,
-    planes,
-    stride_plane,
     Idx_ptr,
     W_ptr,
     offs_v,
     offs_c,
     mask_c,
+    rows,
+    R,
+    C,
+    partials,
+    stride_dp,
     RANK_FIRST: tl.constexpr,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """acc[v] += sum over the rows e of logits, in order, of weight(e -> v) d[e]: a product with a selection matrix."""
+    """acc[v] += sum over the rows e of logits, in order, of weight(e -> v) d[e]: a product with a selection matrix.
+
+    d[e], (VECTOR), is a tile of dA or dB, (partials, R, C). With RANK_FIRST rows are numbered as those of logits_A,
+    (R, C / VECTOR), else as those of logits_B, (C / VECTOR, R).
+    """
     for start_e in range(0, rows, BLOCK_E):
         offs_e = start_e + tl.arange(0, BLOCK_E)
         mask_e = offs_e < rows
@@ -89,11 +85,12 @@ def _add_rows(
             weight = tl.load(W_ptr + offs_e * TOPK + j, mask=mask_e, other=0.0)
             chosen += tl.where(offs_v[:, None] == index[None, :], weight[None, :], 0.0)
         if RANK_FIRST:
+            tiles = C // VECTOR
             start_d = (offs_e // tiles).to(tl.int64) * C + offs_e % tiles * VECTOR
         else:
             start_d = (offs_e % R).to(tl.int64) * C + offs_e // R * VECTOR
         mask = mask_e[:, None] & mask_c[None, :]
-        d = _load_planes(D_ptr, start_d[:, None] + offs_c[None, :], mask, planes, stride_plane)
+        d = load_partials(D_ptr + (start_d[:, None] + offs_c[None, :]), 0, mask, partials, stride_dp)
         acc = tl.dot(chosen, d, acc, input_precision="ieee")
     return acc
 
@@ -116,13 +113,12 @@ def _parameter_grads_kernel(
     R,
     rows_A,
     rows_B,
-    planes_A,
-    planes_B,
+    partials_A,
+    partials_B,
     stride_Ap,
     stride_Bp,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
-    K_PAD: tl.constexpr,
     NEED_A: tl.constexpr,
     NEED_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -131,7 +127,16 @@ def _parameter_grads_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    # The programs: one for each row of logits_A, one for each row of logits_B, then one for each tile of the bank.
+    """The gradients of logits_A (R, K / VECTOR, H), logits_B (N / VECTOR, R, H) and the bank (H, VECTOR).
+
+    dlogits[row, index_k] = w_k (g_k - sum_j w_j g_j), g_k = d[row] . bank[index_k]; zero elsewhere
+    dbank[v] = sum over the rows of both that select v of weight(row -> v) d[row]
+
+    d[row], (VECTOR), is the gradient of the row's mixture: a tile of dA (partials_A, R, K) or of dB (partials_B, R, N),
+    whose partials are added up wherever they are read. The first programs, with NEED_A, write one row of dlogits_A
+    each; the next ones, with NEED_B, one row of dlogits_B each. The others write one tile of dbank each, and read for
+    it the same columns of every tile of dA and dB.
+    """
     pid = tl.program_id(0)
     tiles_A = K // VECTOR
     programs_A = 0
@@ -141,72 +146,92 @@ def _parameter_grads_kernel(
     if NEED_B:
         programs_B = rows_B
     if pid < programs_A:
-        row = pid.to(tl.int64)
-        start_d = (pid // tiles_A).to(tl.int64) * K + pid % tiles_A * VECTOR
         _logits_grad_row(
-            row, DA_ptr, start_d, planes_A, stride_Ap, Bank_ptr, IdxA_ptr, WA_ptr, DLogitsA_ptr, H,
-            VECTOR, TOPK, K_PAD, BLOCK_ROW, BLOCK_H,
-        )  # fmt: skip
+            DA_ptr,
+            Bank_ptr,
+            IdxA_ptr,
+            WA_ptr,
+            DLogitsA_ptr,
+            row=pid.to(tl.int64),
+            start_d=(pid // tiles_A).to(tl.int64) * K + pid % tiles_A * VECTOR,
+            H=H,
+            partials=partials_A,
+            stride_dp=stride_Ap,
+            VECTOR=VECTOR,
+            TOPK=TOPK,
+            BLOCK_ROW=BLOCK_ROW,
+            BLOCK_H=BLOCK_H,
+        )
     elif pid < programs_A + programs_B:
         pid_B = pid - programs_A
-        row = pid_B.to(tl.int64)
-        start_d = (pid_B % R).to(tl.int64) * N + pid_B // R * VECTOR
         _logits_grad_row(
-            row, DB_ptr, start_d, planes_B, stride_Bp, Bank_ptr, IdxB_ptr, WB_ptr, DLogitsB_ptr, H,
-            VECTOR, TOPK, K_PAD, BLOCK_ROW, BLOCK_H,
-        )  # fmt: skip
+            DB_ptr,
+            Bank_ptr,
+            IdxB_ptr,
+            WB_ptr,
+            DLogitsB_ptr,
+            row=pid_B.to(tl.int64),
+            start_d=(pid_B % R).to(tl.int64) * N + pid_B // R * VECTOR,
+            H=H,
+            partials=partials_B,
+            stride_dp=stride_Bp,
+            VECTOR=VECTOR,
+            TOPK=TOPK,
+            BLOCK_ROW=BLOCK_ROW,
+            BLOCK_H=BLOCK_H,
+        )
     else:
         tile = pid - programs_A - programs_B
         blocks_c = tl.cdiv(VECTOR, BLOCK_C)
         offs_v = tile // blocks_c * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_c = tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < VECTOR
-        acc = tl.zeros((BLOCK_V, BLOCK_C), dtype=tl.float32)
         acc = _add_rows(
-            acc, DA_ptr, rows_A, R, K, tiles_A, planes_A, stride_Ap, IdxA_ptr,
-            WA_ptr, offs_v, offs_c, mask_c, True, VECTOR, TOPK, BLOCK_E,
-        )  # fmt: skip
+            tl.zeros((BLOCK_V, BLOCK_C), dtype=tl.float32),
+            DA_ptr,
+            IdxA_ptr,
+            WA_ptr,
+            offs_v=offs_v,
+            offs_c=offs_c,
+            mask_c=mask_c,
+            rows=rows_A,
+            R=R,
+            C=K,
+            partials=partials_A,
+            stride_dp=stride_Ap,
+            RANK_FIRST=True,
+            VECTOR=VECTOR,
+            TOPK=TOPK,
+            BLOCK_E=BLOCK_E,
+        )
         acc = _add_rows(
-            acc, DB_ptr, rows_B, R, N, N // VECTOR, planes_B, stride_Bp, IdxB_ptr,
-            WB_ptr, offs_v, offs_c, mask_c, False, VECTOR, TOPK, BLOCK_E,
-        )  # fmt: skip
+            acc,
+            DB_ptr,
+            IdxB_ptr,
+            WB_ptr,
+            offs_v=offs_v,
+            offs_c=offs_c,
+            mask_c=mask_c,
+            rows=rows_B,
+            R=R,
+            C=N,
+            partials=partials_B,
+            stride_dp=stride_Bp,
+            RANK_FIRST=False,
+            VECTOR=VECTOR,
+            TOPK=TOPK,
+            BLOCK_E=BLOCK_E,
+        )
         dbank_ptrs = DBank_ptr + offs_v[:, None] * VECTOR + offs_c[None, :]
         mask_vc = (offs_v < H)[:, None] & mask_c[None, :]
         tl.store(dbank_ptrs, acc.to(DBank_ptr.dtype.element_ty), mask=mask_vc)
-
-
-@triton.jit
-def _sum_planes_kernel(V_ptr, Out_ptr, numel, planes, stride_plane, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    tl.store(Out_ptr + offs, _load_planes(V_ptr, offs, mask, planes, stride_plane), mask=mask)
-
-
-def launch_sum_planes(planes: Tensor) -> Tensor:
-    """Add up the planes of a (planes, M, r) fp32 tensor, in order; one plane is returned as it is."""
-    if planes.shape[0] == 1:
-        return planes[0]
-    total = torch.empty_like(planes[0])
-    config = tuning.sum_planes()
-    launch(
-        _sum_planes_kernel,
-        (triton.cdiv(total.numel(), config["BLOCK"]),),
-        V_ptr=planes,
-        Out_ptr=total,
-        numel=total.numel(),
-        planes=planes.shape[0],
-        stride_plane=planes.stride(0),
-        **config,
-    )
-    return total
 
 
 def launch_parameter_grads(
     dA: Tensor | None,
     dB: Tensor | None,
     vector_bank: Tensor,
-    selected_A: Selected,
-    selected_B: Selected,
+    selection: tuple[Tensor, Tensor, Tensor, Tensor],
     logits_shapes: tuple[torch.Size, torch.Size],
     logits_dtypes: tuple[torch.dtype, torch.dtype],
     *,
@@ -217,34 +242,35 @@ def launch_parameter_grads(
     """Gradients of logits_A, logits_B and the bank.
 
     Args:
-        dA, dB: (planes, r, K) and (planes, r, N), fp32, contiguous; None where only the other one is needed, which
+        dA, dB: (partials, r, K) and (partials, r, N), fp32, contiguous; None where only the other one is needed, which
             cannot be when the bank's gradient is.
         vector_bank: (num_vectors, vector_length), contiguous.
-        selected_A, selected_B: of the rows of both, `select.launch_select`.
+        selection: indices_A, weights_A, indices_B and weights_B of the rows of both, as of `select.launch_select`.
         logits_shapes: (r, K/vector_length, num_vectors) and (N/vector_length, r, num_vectors).
     Returns:
         The three gradients, in the shapes and dtypes of their tensors; None where not needed.
     """
     (r, tiles_A, H), (tiles_B, _, _) = logits_shapes
-    vector_length = vector_bank.shape[1]
+    indices_A, weights_A, indices_B, weights_B = selection
+    vector_length, topk = vector_bank.shape[1], indices_A.shape[-1]
     device = vector_bank.device
-    config = tuning.parameter_grads(H, vector_length, selected_A.indices.shape[-1])
+    config = tuning.parameter_grads(H, vector_length, topk)
     dlogits_A = torch.empty(logits_shapes[0], dtype=logits_dtypes[0], device=device) if need_logits_A else None
     dlogits_B = torch.empty(logits_shapes[1], dtype=logits_dtypes[1], device=device) if need_logits_B else None
     dbank = torch.empty_like(vector_bank) if need_bank else None
     bank_tiles = triton.cdiv(H, config["BLOCK_V"]) * triton.cdiv(vector_length, config["BLOCK_C"])
-    absent = selected_A.weights
+    # Where there is nothing to read or write no program does, but the kernel still wants a pointer.
+    absent = weights_A
     launch(
         _parameter_grads_kernel,
         (need_logits_A * r * tiles_A + need_logits_B * r * tiles_B + need_bank * bank_tiles,),
-        # Where there is nothing to read or write no program does, but the kernel still wants a pointer.
         DA_ptr=absent if dA is None else dA,
         DB_ptr=absent if dB is None else dB,
         Bank_ptr=vector_bank,
-        IdxA_ptr=selected_A.indices,
-        WA_ptr=selected_A.weights,
-        IdxB_ptr=selected_B.indices,
-        WB_ptr=selected_B.weights,
+        IdxA_ptr=indices_A,
+        WA_ptr=weights_A,
+        IdxB_ptr=indices_B,
+        WB_ptr=weights_B,
         DLogitsA_ptr=absent if dlogits_A is None else dlogits_A,
         DLogitsB_ptr=absent if dlogits_B is None else dlogits_B,
         DBank_ptr=absent if dbank is None else dbank,
@@ -254,12 +280,12 @@ def launch_parameter_grads(
         R=r,
         rows_A=r * tiles_A,
         rows_B=r * tiles_B,
-        planes_A=0 if dA is None else dA.shape[0],
-        planes_B=0 if dB is None else dB.shape[0],
+        partials_A=0 if dA is None else dA.shape[0],
+        partials_B=0 if dB is None else dB.shape[0],
         stride_Ap=0 if dA is None else dA.stride(0),
         stride_Bp=0 if dB is None else dB.stride(0),
         VECTOR=vector_length,
-        TOPK=selected_A.indices.shape[-1],
+        TOPK=topk,
         NEED_A=need_logits_A,
         NEED_B=need_logits_B,
         **config,

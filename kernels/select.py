@@ -1,7 +1,5 @@
 """Top-k selection: which bank vectors each row of logits picks, and with which weights."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +27,7 @@ def _codes(Logits_ptr, offs_row, mask_row, start_h, H, stride_row, BLOCK_H: tl.c
 
 
 @triton.jit
-def select_rows(
+def _select_rows(
     Logits_ptr,
     Idx_ptr,
     W_ptr,
@@ -38,13 +36,13 @@ def select_rows(
     H,
     stride_row,
     TOPK: tl.constexpr,
-    K_PAD: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Select for the rows offs_row, and write TOPK indices and weights of each."""
     offs_row = offs_row.to(tl.int64)
     BLOCK_ROWS: tl.constexpr = offs_row.shape[0]
+    K_PAD: tl.constexpr = triton.next_power_of_2(TOPK)
     offs_k = tl.arange(0, K_PAD)
     values = tl.full((BLOCK_ROWS, K_PAD), float("-inf"), dtype=tl.float32)
     indices = tl.zeros((BLOCK_ROWS, K_PAD), dtype=tl.int32)
@@ -75,6 +73,45 @@ def select_rows(
 
 
 @triton.jit
+def select_tiles(
+    Logits_ptr,
+    Idx_ptr,
+    W_ptr,
+    start_c,
+    end_c,
+    R,
+    H,
+    stride_row,
+    stride_i,
+    stride_t,
+    VECTOR: tl.constexpr,
+    TOPK: tl.constexpr,
+    R_SELECT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Select for every row of a composed matrix, in the tiles that hold columns start_c .. end_c; then `mix` may read.
+
+    Programs that share a tile write the same values to the same place; each reads back what it wrote itself.
+    """
+    offs_i = tl.arange(0, R_SELECT)
+    for tile in range(start_c // VECTOR, tl.cdiv(end_c, VECTOR)):
+        _select_rows(
+            Logits_ptr,
+            Idx_ptr,
+            W_ptr,
+            offs_row=offs_i * stride_i + tile * stride_t,
+            mask_row=offs_i < R,
+            H=H,
+            stride_row=stride_row,
+            TOPK=TOPK,
+            ONE_BLOCK=ONE_BLOCK,
+            BLOCK_H=BLOCK_H,
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
 def _select_kernel(
     LogitsA_ptr,
     LogitsB_ptr,
@@ -88,51 +125,59 @@ def _select_kernel(
     stride_A,
     stride_B,
     TOPK: tl.constexpr,
-    K_PAD: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Programs for blocks of rows of logits_A come first, then those for logits_B."""
     pid = tl.program_id(0)
     programs_A = tl.cdiv(rows_A, BLOCK_ROWS)
     offs = tl.arange(0, BLOCK_ROWS)
     if pid < programs_A:
         offs_row = pid * BLOCK_ROWS + offs
-        select_rows(
-            LogitsA_ptr, IdxA_ptr, WA_ptr, offs_row, offs_row < rows_A, H, stride_A, TOPK, K_PAD, ONE_BLOCK, BLOCK_H
+        _select_rows(
+            LogitsA_ptr,
+            IdxA_ptr,
+            WA_ptr,
+            offs_row=offs_row,
+            mask_row=offs_row < rows_A,
+            H=H,
+            stride_row=stride_A,
+            TOPK=TOPK,
+            ONE_BLOCK=ONE_BLOCK,
+            BLOCK_H=BLOCK_H,
         )
     else:
         offs_row = (pid - programs_A) * BLOCK_ROWS + offs
-        select_rows(
-            LogitsB_ptr, IdxB_ptr, WB_ptr, offs_row, offs_row < rows_B, H, stride_B, TOPK, K_PAD, ONE_BLOCK, BLOCK_H
+        _select_rows(
+            LogitsB_ptr,
+            IdxB_ptr,
+            WB_ptr,
+            offs_row=offs_row,
+            mask_row=offs_row < rows_B,
+            H=H,
+            stride_row=stride_B,
+            TOPK=TOPK,
+            ONE_BLOCK=ONE_BLOCK,
+            BLOCK_H=BLOCK_H,
         )
 
 
-class Selected(NamedTuple):
-    """What the rows of logits select: indices (*rows, topk) int32, largest logit first, and weights, fp32."""
-
-    indices: Tensor
-    weights: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, topk: int, device: torch.device) -> "Selected":
-        """Room for the selection of so many rows."""
-        return cls(
-            torch.empty((rows, topk), dtype=torch.int32, device=device),
-            torch.empty((rows, topk), dtype=torch.float32, device=device),
-        )
-
-
-def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Selected, Selected]:
+def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select for the rows of both logits in one launch.
 
     Args:
         logits_A, logits_B: (rows_A, num_vectors) and (rows_B, num_vectors), the last dimension contiguous.
         topk: at most num_vectors.
+    Returns:
+        indices_A, weights_A, indices_B, weights_B: (rows, topk), int32 and fp32, the largest logit of a row first.
     """
     rows_A, rows_B, H = logits_A.shape[0], logits_B.shape[0], logits_A.shape[1]
-    selected_A = Selected.empty(rows_A, topk, logits_A.device)
-    selected_B = Selected.empty(rows_B, topk, logits_A.device)
+    indices_A, weights_A, indices_B, weights_B = (
+        torch.empty((rows, topk), dtype=dtype, device=logits_A.device)
+        for rows in (rows_A, rows_B)
+        for dtype in (torch.int32, torch.float32)
+    )
     config = tuning.select(H, topk)
     rows = config["BLOCK_ROWS"]
     launch(
@@ -140,10 +185,10 @@ def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Select
         (triton.cdiv(rows_A, rows) + triton.cdiv(rows_B, rows),),
         LogitsA_ptr=logits_A,
         LogitsB_ptr=logits_B,
-        IdxA_ptr=selected_A.indices,
-        WA_ptr=selected_A.weights,
-        IdxB_ptr=selected_B.indices,
-        WB_ptr=selected_B.weights,
+        IdxA_ptr=indices_A,
+        WA_ptr=weights_A,
+        IdxB_ptr=indices_B,
+        WB_ptr=weights_B,
         rows_A=rows_A,
         rows_B=rows_B,
         H=H,
@@ -152,4 +197,4 @@ def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Select
         TOPK=topk,
         **config,
     )
-    return selected_A, selected_B
+    return indices_A, weights_A, indices_B, weights_B

@@ -19,8 +19,8 @@ def cdiv(n: int, d: int) -> int:
     return -(-n // d)
 
 
-def terms(dtype: torch.dtype, r: int) -> int:
-    """bf16 terms of an fp32 operand of rank r beside activations of `dtype` (kernels/tiles.py).
+def _splits(dtype: torch.dtype, r: int) -> int:
+    """bf16 terms of an fp32 operand of rank r beside activations of `dtype` (split.py).
 
     Three lose nothing, and fit where the matrix unit would pad; beyond r = 8 their columns would cost registers.
     """
@@ -29,18 +29,18 @@ def terms(dtype: torch.dtype, r: int) -> int:
     return 3 if r <= 8 else 2
 
 
-def rank_layout(dtype: torch.dtype, r: int) -> dict[str, int]:
+def copies(dtype: torch.dtype, r: int) -> dict[str, int]:
     """Columns in which an operand of rank r meets an activation of `dtype`: at least the 16 of a matrix instruction."""
-    count = terms(dtype, r)
-    copies = {1: 1, 2: 2, 3: 4}[count]
-    return {"R_PAD": max(16 // copies, power_of_2(r)), "COPIES": copies, "TERMS": count}
+    splits = _splits(dtype, r)
+    count = {1: 1, 2: 2, 3: 4}[splits]
+    return {"R_PAD": max(16 // count, power_of_2(r)), "COPIES": count, "SPLITS": splits}
 
 
-def product_layout(dtype: torch.dtype, r: int) -> dict[str, int]:
+def pairs(dtype: torch.dtype, r: int) -> dict[str, int]:
     """Columns over which two fp32 operands of rank r are multiplied, for a result in `dtype`: at least 16."""
-    count = terms(dtype, r)
-    parts = {1: 1, 2: 4, 3: 8}[count]
-    return {"P_PAD": max(16 // parts, power_of_2(r)), "PARTS": parts, "TERMS": count}
+    splits = _splits(dtype, r)
+    count = {1: 1, 2: 4, 3: 8}[splits]
+    return {"P_PAD": max(16 // count, power_of_2(r)), "PAIRS": count, "SPLITS": splits}
 
 
 def input_precision() -> str:
@@ -57,7 +57,6 @@ def input_precision() -> str:
 def select(H: int, topk: int) -> dict[str, int]:
     block_h = min(power_of_2(H), 4096)
     return {
-        "K_PAD": power_of_2(topk),
         "ONE_BLOCK": block_h >= H,
         "BLOCK_ROWS": max(1, 1024 // max(block_h, power_of_2(topk))),
         "BLOCK_H": block_h,
@@ -75,7 +74,7 @@ def select_tiles(H: int, topk: int, r: int) -> dict[str, int]:
     # In one block where it fits, else in small ones: between the two ptxas spills (tools.kernels_report).
     one_block = power_of_2(H) * max(rows, power_of_2(topk)) <= 1024
     block_h = power_of_2(H) if one_block else max(16, 512 // max(rows, power_of_2(topk)))
-    return {"K_PAD": power_of_2(topk), "R_SELECT": rows, "ONE_BLOCK": one_block, "BLOCK_H": block_h}
+    return {"R_SELECT": rows, "ONE_BLOCK": one_block, "BLOCK_H": block_h}
 
 
 def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
@@ -97,11 +96,11 @@ def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
 
 
 def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """SPLIT programs share the columns of one block of rows; each takes COLUMNS of them."""
+    """PARTIALS programs share the columns of one block of rows; each takes COLUMNS of them."""
     rows, options, block_k = tile(M, dtype, r)
-    split = max(1, min(PROGRAMS // cdiv(M, rows), cdiv(K, 512)))
-    columns = cdiv(cdiv(K, split), block_k) * block_k
-    return {"BLOCK_M": rows, "BLOCK_K": block_k, "COLUMNS": columns, "SPLIT": cdiv(K, columns), **options}
+    partials = max(1, min(PROGRAMS // cdiv(M, rows), cdiv(K, 512)))
+    columns = cdiv(cdiv(K, partials), block_k) * block_k
+    return {"BLOCK_M": rows, "BLOCK_K": block_k, "COLUMNS": columns, "PARTIALS": cdiv(K, columns), **options}
 
 
 def expand_fwd(M: int, dtype: torch.dtype, r: int) -> dict[str, int]:
@@ -120,9 +119,9 @@ def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
 
 
 def blocks_each(blocks: int, r: int) -> int:
-    """Blocks of columns that one program of expand's backward takes, adding its ds up in one plane.
+    """Blocks of columns that one program of expand's backward takes, adding its ds up in one partial.
 
-    More where the rank is large, so that the planes, (blocks / blocks_each, M, r) fp32, stay small beside dy.
+    More where the rank is large, so that the partials, (blocks / blocks_each, M, r) fp32, stay small beside dy.
     """
     return max(1, min(blocks, r // 3))
 
@@ -130,7 +129,6 @@ def blocks_each(blocks: int, r: int) -> int:
 def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     k_pad = power_of_2(topk)
     return {
-        "K_PAD": k_pad,
         "BLOCK_V": 32,
         "BLOCK_E": 16,
         "BLOCK_C": max(16, min(power_of_2(vector_length), 64)),
@@ -140,7 +138,7 @@ def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     }
 
 
-def sum_planes() -> dict[str, int]:
+def sum_partials() -> dict[str, int]:
     return {"BLOCK": 1024, "num_warps": 4}
 
 
@@ -148,68 +146,73 @@ def compose(vector_length: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 16, "BLOCK_C": min(128, max(16, power_of_2(vector_length))), "num_warps": 4}
 
 
-# Rows up to which a product with a projection costs its reading whatever its terms, and p is too small to be packed.
+# Rows up to which a product with a projection costs what reading the projection costs, however many terms it is
+# multiplied in, and the projected input p is too small to be worth packing.
 FEW_VERA_ROWS = 64
 
 
-def packs(M: int, wide: bool) -> bool:
-    """Whether p is kept in 16 bits: with many rows, of activations that are not fp32 throughout (`wide`)."""
-    return not wide and M > FEW_VERA_ROWS
+def packs(M: int, all_fp32: bool) -> bool:
+    """Whether p is kept in 16 bits: with many rows, of activations that are not all fp32."""
+    return not all_fp32 and M > FEW_VERA_ROWS
 
 
-def activation_terms(dtype: torch.dtype, wide: bool) -> dict[str, int]:
-    """bf16 terms of an activation and of an fp32 matrix in their product (kernels/product.py).
+def activation_splits(dtype: torch.dtype, all_fp32: bool) -> dict[str, int]:
+    """bf16 terms of an activation and of an fp32 matrix in their product (scaled_matmul.py).
 
     The activation's own bits all count; of the matrix 16 do, or 8 where `torch.get_float32_matmul_precision()` is
     "medium", which allows as much.
 
     Args:
-        wide: activations are fp32 throughout; then they are multiplied as such.
+        all_fp32: x and y are both fp32; then they are multiplied as such.
     """
-    if wide:
-        return {"X_TERMS": 0, "W_TERMS": 0}
+    if all_fp32:
+        return {"X_SPLITS": 0, "W_SPLITS": 0}
     if torch.get_float32_matmul_precision() == "medium":
-        return {"X_TERMS": 1, "W_TERMS": 1}
-    return {"X_TERMS": 1 if dtype == torch.bfloat16 else 2, "W_TERMS": 2}
+        return {"X_SPLITS": 1, "W_SPLITS": 1}
+    return {"X_SPLITS": 1 if dtype == torch.bfloat16 else 2, "W_SPLITS": 2}
 
 
-def rank_terms(M: int, dtype: torch.dtype, wide: bool) -> dict[str, int]:
+def rank_splits(M: int, dtype: torch.dtype, all_fp32: bool) -> dict[str, int]:
     """bf16 terms of two fp32 matrices in their product, for a result in `dtype`.
 
     One of each for bf16, which together round no more than the result itself does; two where they cost nothing.
     """
-    if wide:
-        return {"X_TERMS": 0, "W_TERMS": 0}
+    if all_fp32:
+        return {"X_SPLITS": 0, "W_SPLITS": 0}
     medium = torch.get_float32_matmul_precision() == "medium"
     count = 1 if medium or (dtype == torch.bfloat16 and M > FEW_VERA_ROWS) else 2
-    return {"X_TERMS": count, "W_TERMS": count}
+    return {"X_SPLITS": count, "W_SPLITS": count}
 
 
-def product(M: int, N: int, terms: dict[str, int], planes: bool = False, drops: bool = False) -> dict[str, int]:
-    """Tile of a product's result, and how deep one step is.
+def scaled_matmul(
+    M: int, N: int, splits: dict[str, int], in_partials: bool = False, drops: bool = False
+) -> dict[str, int]:
+    """Tile of the result of a scaled product, and how deep one step is.
 
     As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m tools.kernels_report).
 
     Args:
-        planes: X is added up from planes. drops: dropout of X or of the result.
+        in_partials: X is added up from partials.
+        drops: dropout of X or of the result.
     """
     rows, columns, depth, warps = 64, 64, 32, 4
-    if terms["X_TERMS"] == 0:
+    if splits["X_SPLITS"] == 0:
         columns, warps = 32, 8
-    elif M > 1024 and N >= 128 and not drops and terms["X_TERMS"] == 1:
+    elif M > 1024 and N >= 128 and not drops and splits["X_SPLITS"] == 1:
         rows, columns, warps = 128, 128, 8
-        depth = 64 if terms["W_TERMS"] == 1 and not planes else 32
-    elif planes:
+        depth = 64 if splits["W_SPLITS"] == 1 and not in_partials else 32
+    elif in_partials:
         warps = 8
     if M <= FEW_ROWS:
         rows, warps = 16, 4
     columns = max(16, min(columns, power_of_2(N)))
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "num_warps": warps, "num_stages": 1 if planes else 2}
+    stages = 1 if in_partials else 2
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "num_warps": warps, "num_stages": stages}
 
 
-def product_splits(M: int, N: int, K: int, terms: dict[str, int]) -> int:
-    """Programs that share the depth K of one tile; each adds a plane of M x N, which stay small beside the M x K."""
-    config = product(M, N, terms)
+def matmul_partials(M: int, N: int, K: int, splits: dict[str, int]) -> int:
+    """Programs that share the depth K of one tile, each with a partial of M x N: all together small beside M x K."""
+    config = scaled_matmul(M, N, splits)
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     depth = cdiv(cdiv(K, max(1, min(PROGRAMS // tiles, cdiv(K, 256)))), config["BLOCK_K"]) * config["BLOCK_K"]
     return cdiv(K, depth)
@@ -220,5 +223,5 @@ def pack_rows(r: int) -> dict[str, int]:
     return {"R_PAD": r_pad, "BLOCK_M": max(1, 2048 // r_pad), "num_warps": 4}
 
 
-def sum_parts() -> dict[str, int]:
+def sum_scale_grads() -> dict[str, int]:
     return {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4}

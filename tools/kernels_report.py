@@ -9,10 +9,7 @@ import torch
 
 from bench.cases import LINEARS
 from tools.aot import SHARED_LIMIT, TARGETS, compiling, sass
-from vblora_triton.ops import triton_compose as compose
-from vblora_triton.ops import triton_selected as selected
-from vblora_triton.ops import triton_vblora as linear
-from vblora_triton.ops import triton_vera as vera
+from vblora_triton.ops import triton_vblora, triton_vera
 
 # (in, out) of the linears that ship: Llama-2-7B's, and of Llama-3-70B those of other shapes.
 SHAPES = {name: shape for name, shape in LINEARS.items() if name.startswith("llama")}
@@ -29,10 +26,11 @@ def launch_all(
     logits_A, logits_B = torch.empty(r, K // b, h, **meta), torch.empty(N // b, r, h, **meta)
     bank = torch.empty(h, b, **meta)
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
-    y, s, *selection = linear._linear_fwd(x, base, logits_A, logits_B, bank, k, p, seed)
-    selected._selected_fwd(x, base, *selection, bank, p, seed)
-    linear._backward(y, x, s, *selection, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
-    compose._forward(logits_A, bank, k)
+    linear = triton_vblora.linear
+    y, s, *selection = linear.fwd.unobserved(x, base, logits_A, logits_B, bank, k, p, seed)
+    triton_vblora.linear_selected.fwd.unobserved(x, base, *selection, bank, p, seed)
+    linear.bwd.unobserved(y, x, s, *selection, bank, seed, logits_A.dtype, logits_B.dtype, p, [True] * 4)
+    triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
 
 
 def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0):
@@ -41,9 +39,10 @@ def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256,
     x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
     lambda_b, lambda_d, A, B = (torch.empty(shape, **meta) for shape in ((N,), (r,), (r, K), (N, r)))
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
-    projection = vera._project(x, A, dtype == torch.float32, p, seed)
-    y = vera._linear_fwd(x, base, lambda_b, lambda_d, A, B, *projection, p, seed)
-    vera._backward(y, lambda_b, lambda_d, A, B, *projection, list(x.shape), dtype, p, seed, [True] * 3)
+    projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
+    linear, frozen = triton_vera.linear, (lambda_b, lambda_d, A, B, *projected)
+    (y,) = linear.fwd.unobserved(x, base, *frozen, p, seed)
+    linear.bwd.unobserved(y, *frozen, seed, list(x.shape), dtype, p, [True] * 3)
 
 
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.

@@ -1,24 +1,24 @@
-"""Sums of planes: in order, and with offsets past 2^31."""
+"""Sums of partials: in order, and with offsets past 2^31."""
 
 import torch
 
-from vblora_triton.kernels.parameters import launch_sum_planes
+from vblora_triton.kernels.partials import launch_sum_partials
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def test_planes_are_added_in_order():
+def test_partials_are_added_in_order():
     # In fp32 this sum depends on its order: (1e8 + 1) - 1e8 is 0, (1e8 - 1e8) + 1 is 1.
-    planes = torch.tensor([1e8, 1.0, -1e8], device=DEVICE).view(3, 1, 1).repeat(1, 5, 4)
-    assert (launch_sum_planes(planes) == 0).all()
-    assert (launch_sum_planes(planes[[0, 2, 1]]) == 1).all()
+    partials = torch.tensor([1e8, 1.0, -1e8], device=DEVICE).view(3, 1, 1).repeat(1, 5, 4)
+    assert (launch_sum_partials(partials) == 0).all()
+    assert (launch_sum_partials(partials[[0, 2, 1]]) == 1).all()
 
 
-def test_planes_more_than_2_to_the_31_elements_apart_are_found():
+def test_partials_more_than_2_to_the_31_elements_apart_are_found():
     apart = 2**30
     # Only the pages that are written exist.
     memory = torch.empty(2 * apart + 16, device=DEVICE)
-    planes = memory.as_strided((3, 4, 4), (apart, 4, 1))
+    partials = memory.as_strided((3, 4, 4), (apart, 4, 1))
     values = torch.arange(48.0, device=DEVICE).view(3, 4, 4)
-    planes.copy_(values)
-    assert torch.equal(launch_sum_planes(planes), values.sum(0))
+    partials.copy_(values)
+    assert torch.equal(launch_sum_partials(partials), values.sum(0))

@@ -266,9 +266,14 @@ def test_launches_are_three_forward_and_four_backward_and_none_for_no_tokens():
         tensors = case.tensors()
         with intercepted(lambda *_: None), counted() as names:
             y = ops.vera_linear(*arguments(tensors), backend="triton")
-            assert names == ["_product_kernel", "_pack_rows_kernel", "_product_kernel"]
+            assert names == ["_scaled_matmul_kernel", "_pack_rows_kernel", "_scaled_matmul_kernel"]
             y.backward(tensors["dy"])
-        assert names[3:] == ["_product_kernel", "_product_kernel", "_scale_grads_kernel", "_sum_parts_kernel"]
+        assert names[3:] == [
+            "_scaled_matmul_kernel",
+            "_scaled_matmul_kernel",
+            "_scale_grads_kernel",
+            "_sum_scale_grads_kernel",
+        ]
     with counted() as names:
         case = VeraCase(M=0)
         case.run(ops.vera_linear, case.tensors(), backend="triton")
@@ -314,7 +319,7 @@ def test_no_launch_sees_a_wide_copy_of_an_activation_or_a_projected_output():
 
 
 def test_backward_launches_only_what_is_needed():
-    products, scales = ["_product_kernel"] * 2, ["_scale_grads_kernel", "_sum_parts_kernel"]
+    products, scales = ["_scaled_matmul_kernel"] * 2, ["_scale_grads_kernel", "_sum_scale_grads_kernel"]
     for needed, expected in ((["x"], products), (["lambda_b"], scales), (["lambda_d"], scales), (["base"], [])):
         tensors = VeraCase(M=20, K=40, N=30, r=3).tensors()
         for name in TRAINED:
@@ -347,7 +352,7 @@ def test_compiles_as_one_graph(backend, dropout_p):
 
 
 def test_deterministic_mode_and_repeats_are_bitwise_equal():
-    # Several blocks, and planes, in every sum.
+    # Several blocks, and partials, in every sum.
     case = VeraCase(M=140, K=600, N=520, r=70, dtype=torch.bfloat16)
     tensors = case.tensors()
     torch.use_deterministic_algorithms(True)

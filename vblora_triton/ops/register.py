@@ -134,6 +134,7 @@ class Differentiable(Operator):
         fwd = Operator(f"{name}_fwd", arguments, results, whole, whole_fake)
         super().__init__(name, arguments, "Tensor", lambda *args: fwd.operator(*args)[0], allocate)
         _library.impl(name, autograd, "Autograd")
+        self.fwd, self.bwd = fwd, backward
         self.unobserved = Function.apply
         self.in_place: Callable[..., Tensor] = InPlace.apply
 

@@ -1,0 +1,59 @@
+"""Partial sums: what several programs share of one sum goes to fp32 partials, which are added up in order.
+
+So results are bitwise equal from run to run, as they would not be with atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .launch import launch
+
+
+@triton.jit
+def load_partials(V_ptr, offs, mask, partials, stride_p):
+    """The elements at V_ptr + offs of all `partials` partials of V, added up in order; 0 outside `mask`.
+
+    V_ptr is one pointer, or a block of pointers with offs 0: what a kernel keeps in registers from partial to partial.
+    """
+    v = tl.load(V_ptr + offs, mask=mask, other=0)
+    for partial in range(1, partials):
+        # In 64 bits: the partials of a large M together pass 2^31 elements.
+        v += tl.load(V_ptr + tl.cast(partial, tl.int64) * stride_p + offs, mask=mask, other=0)
+    return v
+
+
+@triton.jit
+def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_p):
+    """Rows offs_m and columns offs_i of an (M, R) matrix, added up over its partials: (len(offs_m), len(offs_i))."""
+    v_ptrs = V_ptr + offs_m[:, None] * R + offs_i[None, :]
+    mask = mask_m[:, None] & mask_i[None, :]
+    return load_partials(v_ptrs, 0, mask, partials, stride_p)
+
+
+@triton.jit
+def _sum_partials_kernel(V_ptr, Out_ptr, numel, partials, stride_p, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    tl.store(Out_ptr + offs, load_partials(V_ptr + offs, 0, mask, partials, stride_p), mask=mask)
+
+
+def launch_sum_partials(partials: Tensor) -> Tensor:
+    """Add up the partials of a (partials, M, r) fp32 tensor, in order; one alone is returned as it is."""
+    if partials.shape[0] == 1:
+        return partials[0]
+    total = torch.empty_like(partials[0])
+    config = tuning.sum_partials()
+    launch(
+        _sum_partials_kernel,
+        (triton.cdiv(total.numel(), config["BLOCK"]),),
+        V_ptr=partials,
+        Out_ptr=total,
+        numel=total.numel(),
+        partials=partials.shape[0],
+        stride_p=partials.stride(0),
+        **config,
+    )
+    return total
