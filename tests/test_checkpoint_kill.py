@@ -39,7 +39,10 @@ def save(number):
     model.save_pretrained(folder, safe_serialization=safe)
 
 draw, number, seen, torn = random.Random(0), 1, [], 0
+start = time.perf_counter()
 save(number)
+# A kill comes within the first three saves or so, however slow the machine is at the moment.
+longest = max(0.03, 3 * (time.perf_counter() - start))
 times = int(sys.argv[4])
 # On a slow machine few moments fall inside a save: go on until some have, within reason.
 while len(seen) < times or ((torn < 4 or len(set(seen)) < 4) and len(seen) < 20 * times):
@@ -49,7 +52,7 @@ while len(seen) < times or ((torn < 4 or len(set(seen)) < 4) and len(seen) < 20 
         for n in range(number + 1, number + 1000):
             save(n)
         os._exit(0)
-    time.sleep(draw.uniform(0.001, 0.03))
+    time.sleep(draw.uniform(0.001, longest))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     torn += bool({name for name in os.listdir(folder) if name.endswith(".tmp")} - before)

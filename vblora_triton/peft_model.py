@@ -15,7 +15,7 @@ from vblora_triton.tuner.layer import check_adapter_name
 from vblora_triton.tuner.merging import strip_model
 from vblora_triton.tuner.model import BaseTuner
 
-__all__ = ["TASK_CLASSES", "PeftModel", "get_peft_model", "is_adapted"]
+__all__ = ["TASK_CLASSES", "PeftModel", "get_peft_model"]
 
 
 def is_adapted(model: Any) -> bool:

@@ -65,8 +65,7 @@ def accept_in_trainer() -> None:
     from transformers import trainer_utils
 
     if not trainer_utils.is_peft_available():
-        if trainer_utils._is_peft_model is not _is_adapted:
-            trainer_utils._is_peft_model = _is_adapted
+        trainer_utils._is_peft_model = _is_adapted
         _complete_trainer()
 
 
@@ -79,8 +78,9 @@ def _is_adapted(model: Any) -> bool:
 
 def _complete_trainer() -> None:
     trainer: Any = sys.modules.get("transformers.trainer")
-    if trainer is not None and getattr(trainer, "PeftModel", None) is not SeenAsPefts and hasattr(trainer, "Trainer"):
-        # Trainer asks of it only whether a model is an instance.
+    # Without its Trainer the module is not loaded yet, or only in part.
+    if hasattr(trainer, "Trainer"):
+        # Trainer asks of this class only whether a model is an instance.
         trainer.PeftModel = SeenAsPefts
         trainer.is_peft_available = lambda: True
         trainer._is_peft_model = _is_adapted

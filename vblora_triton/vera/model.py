@@ -174,7 +174,7 @@ class VeraModel(BaseTuner):
                 f"The file of adapter {adapter_name!r} holds projections that `projection_prng_key` = "
                 f"{config.projection_prng_key} does not give. They are used, and `save_projection` is True from now "
                 "on, so that they are saved with it.",
-                stacklevel=5,
+                stacklevel=4,
             )
             config.save_projection = True
         device = next(self.model.parameters()).device
