@@ -25,11 +25,11 @@ def mix(
     mask_i,
     start_c,
     C,
-    stride_i,
-    stride_t,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    stride_i,
+    stride_t,
 ):
     """Mix BLOCK_C columns, from start_c on, of rows offs_i of a composed (R, C) matrix: (len(offs_i), BLOCK_C) fp32.
 
@@ -77,18 +77,7 @@ def _compose_fwd_kernel(
     start_c = tl.program_id(1) * BLOCK_C
     offs_c = start_c + tl.arange(0, BLOCK_C)
     out = mix(
-        Bank_ptr,
-        Idx_ptr,
-        W_ptr,
-        offs_i=offs_row,
-        mask_i=mask_row,
-        start_c=start_c,
-        C=VECTOR,
-        stride_i=1,
-        stride_t=0,
-        VECTOR=VECTOR,
-        TOPK=TOPK,
-        BLOCK_C=BLOCK_C,
+        Bank_ptr, Idx_ptr, W_ptr, offs_row, mask_row, start_c, VECTOR, VECTOR, TOPK, BLOCK_C, stride_i=1, stride_t=0
     )
     out_ptrs = Out_ptr + offs_row[:, None] * VECTOR + offs_c[None, :]
     tl.store(out_ptrs, out.to(Out_ptr.dtype.element_ty), mask=mask_row[:, None] & (offs_c < VECTOR)[None, :])

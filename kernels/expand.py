@@ -86,18 +86,7 @@ def _expand_fwd_kernel(
             BLOCK_H=BLOCK_H,
         )
     b = mix(
-        Bank_ptr,
-        Idx_ptr,
-        W_ptr,
-        offs_i=offs_i,
-        mask_i=mask_i,
-        start_c=start_n,
-        C=N,
-        stride_i=1,
-        stride_t=stride_t,
-        VECTOR=VECTOR,
-        TOPK=TOPK,
-        BLOCK_C=BLOCK_N,
+        Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_N, stride_i=1, stride_t=stride_t
     )  # (PAIRS * P_PAD, BLOCK_N)
     s = term(s, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
     b = term(b, right_term(offs_p // P_PAD)[:, None], SPLITS)
@@ -124,7 +113,6 @@ def _expand_bwd_kernel(
     blocks_each,
     stride_dym,
     stride_dyn,
-    stride_t,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
     R_PAD: tl.constexpr,
@@ -156,18 +144,7 @@ def _expand_bwd_kernel(
         mask_n = offs_n < N
         if DS_ptr is not None:
             b = mix(
-                Bank_ptr,
-                Idx_ptr,
-                W_ptr,
-                offs_i=offs_i,
-                mask_i=mask_i,
-                start_c=start_n,
-                C=N,
-                stride_i=1,
-                stride_t=stride_t,
-                VECTOR=VECTOR,
-                TOPK=TOPK,
-                BLOCK_C=BLOCK_C,
+                Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_C, stride_i=1, stride_t=R
             )  # (COPIES * R_PAD, BLOCK_C)
             b = tl.trans(term(b, copy[:, None], SPLITS))
         acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
@@ -299,7 +276,6 @@ def launch_expand_bwd(
         blocks_each=blocks_each,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
-        stride_t=r,
         VECTOR=vector_bank.shape[1],
         TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),

@@ -96,18 +96,8 @@ def select_tiles(
     """
     offs_i = tl.arange(0, R_SELECT)
     for tile in range(start_c // VECTOR, tl.cdiv(end_c, VECTOR)):
-        _select_rows(
-            Logits_ptr,
-            Idx_ptr,
-            W_ptr,
-            offs_row=offs_i * stride_i + tile * stride_t,
-            mask_row=offs_i < R,
-            H=H,
-            stride_row=stride_row,
-            TOPK=TOPK,
-            ONE_BLOCK=ONE_BLOCK,
-            BLOCK_H=BLOCK_H,
-        )
+        offs_row = offs_i * stride_i + tile * stride_t
+        _select_rows(Logits_ptr, Idx_ptr, W_ptr, offs_row, offs_i < R, H, stride_row, TOPK, ONE_BLOCK, BLOCK_H)
     tl.debug_barrier()
 
 
@@ -135,32 +125,10 @@ def _select_kernel(
     offs = tl.arange(0, BLOCK_ROWS)
     if pid < programs_A:
         offs_row = pid * BLOCK_ROWS + offs
-        _select_rows(
-            LogitsA_ptr,
-            IdxA_ptr,
-            WA_ptr,
-            offs_row=offs_row,
-            mask_row=offs_row < rows_A,
-            H=H,
-            stride_row=stride_A,
-            TOPK=TOPK,
-            ONE_BLOCK=ONE_BLOCK,
-            BLOCK_H=BLOCK_H,
-        )
+        _select_rows(LogitsA_ptr, IdxA_ptr, WA_ptr, offs_row, offs_row < rows_A, H, stride_A, TOPK, ONE_BLOCK, BLOCK_H)
     else:
         offs_row = (pid - programs_A) * BLOCK_ROWS + offs
-        _select_rows(
-            LogitsB_ptr,
-            IdxB_ptr,
-            WB_ptr,
-            offs_row=offs_row,
-            mask_row=offs_row < rows_B,
-            H=H,
-            stride_row=stride_B,
-            TOPK=TOPK,
-            ONE_BLOCK=ONE_BLOCK,
-            BLOCK_H=BLOCK_H,
-        )
+        _select_rows(LogitsB_ptr, IdxB_ptr, WB_ptr, offs_row, offs_row < rows_B, H, stride_B, TOPK, ONE_BLOCK, BLOCK_H)
 
 
 def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

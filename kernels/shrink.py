@@ -30,7 +30,7 @@ def _shrink_fwd_kernel(
     stride_xm,
     stride_xk,
     stride_row,
-    stride_i,
+    tiles,
     drop_threshold,
     drop_scale,
     VECTOR: tl.constexpr,
@@ -69,7 +69,7 @@ def _shrink_fwd_kernel(
             R=R,
             H=H,
             stride_row=stride_row,
-            stride_i=stride_i,
+            stride_i=tiles,
             stride_t=1,
             VECTOR=VECTOR,
             TOPK=TOPK,
@@ -84,18 +84,7 @@ def _shrink_fwd_kernel(
         if Seed_ptr is not None:
             x = tl.where(keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K), x, 0.0)
         a = mix(
-            Bank_ptr,
-            Idx_ptr,
-            W_ptr,
-            offs_i=offs_i,
-            mask_i=mask_i,
-            start_c=start_k,
-            C=K,
-            stride_i=stride_i,
-            stride_t=1,
-            VECTOR=VECTOR,
-            TOPK=TOPK,
-            BLOCK_C=BLOCK_K,
+            Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_k, K, VECTOR, TOPK, BLOCK_K, stride_i=tiles, stride_t=1
         )  # (COPIES * R_PAD, BLOCK_K)
         acc = dot(x, tl.trans(term(a, (offs_n // R_PAD)[:, None], SPLITS)), acc, INPUT_PRECISION)
     offs_r = tl.arange(0, R_PAD)
@@ -122,7 +111,7 @@ def _shrink_bwd_kernel(
     R,
     stride_xm,
     stride_xk,
-    stride_i,
+    tiles,
     drop_threshold,
     drop_scale,
     VECTOR: tl.constexpr,
@@ -152,20 +141,10 @@ def _shrink_bwd_kernel(
     mask_i = (offs_i < R) & (offs_n // R_PAD < SPLITS)
     offs_p = tl.arange(0, PAIRS * P_PAD)
     offs_pi = offs_p % P_PAD
+    mask_pi = offs_pi < R
     if DX_ptr is not None:
         a = mix(
-            Bank_ptr,
-            Idx_ptr,
-            W_ptr,
-            offs_i=offs_pi,
-            mask_i=offs_pi < R,
-            start_c=start_k,
-            C=K,
-            stride_i=stride_i,
-            stride_t=1,
-            VECTOR=VECTOR,
-            TOPK=TOPK,
-            BLOCK_C=BLOCK_C,
+            Bank_ptr, Idx_ptr, W_ptr, offs_pi, mask_pi, start_k, K, VECTOR, TOPK, BLOCK_C, stride_i=tiles, stride_t=1
         )  # (PAIRS * P_PAD, BLOCK_C)
         a = term(a, right_term(offs_p // P_PAD)[:, None], SPLITS)
     acc_da = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
@@ -184,7 +163,7 @@ def _shrink_bwd_kernel(
             ds = term(ds, (offs_n // R_PAD)[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
             acc_da = dot(tl.trans(x), ds, acc_da, INPUT_PRECISION)
         if DX_ptr is not None:
-            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_pi, offs_pi < R, R, partials=1, stride_p=0)
+            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_pi, mask_pi, R, partials=1, stride_p=0)
             ds = term(ds, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
             dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)
             if Seed_ptr is not None:
@@ -238,7 +217,7 @@ def launch_shrink_fwd(
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         stride_row=0 if logits is None else logits.stride(0),
-        stride_i=K // vector_length,
+        tiles=K // vector_length,
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
         VECTOR=vector_length,
@@ -293,7 +272,7 @@ def launch_shrink_bwd(
         R=r,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_i=K // vector_length,
+        tiles=K // vector_length,
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
         VECTOR=vector_length,

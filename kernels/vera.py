@@ -130,25 +130,9 @@ def _sum_scale_grads_kernel(
 ):
     blocks_b = tl.cdiv(N, BLOCK_C)
     if tl.program_id(0) < blocks_b:
-        _sum_columns(
-            PartialsB_ptr,
-            DB_ptr,
-            tl.program_id(0) * BLOCK_C,
-            C=N,
-            partials=partials_b,
-            BLOCK_P=BLOCK_P,
-            BLOCK_C=BLOCK_C,
-        )
+        _sum_columns(PartialsB_ptr, DB_ptr, tl.program_id(0) * BLOCK_C, N, partials_b, BLOCK_P, BLOCK_C)
     else:
-        _sum_columns(
-            PartialsD_ptr,
-            DD_ptr,
-            (tl.program_id(0) - blocks_b) * BLOCK_C,
-            C=R,
-            partials=partials_d,
-            BLOCK_P=BLOCK_P,
-            BLOCK_C=BLOCK_C,
-        )
+        _sum_columns(PartialsD_ptr, DD_ptr, (tl.program_id(0) - blocks_b) * BLOCK_C, R, partials_d, BLOCK_P, BLOCK_C)
 
 
 @triton.jit
