@@ -29,7 +29,7 @@ def launch_all(
     linear = triton_vblora.linear
     y, s, *selection = linear.fwd.unobserved(x, base, logits_A, logits_B, bank, k, p, seed)
     triton_vblora.linear_selected.fwd.unobserved(x, base, *selection, bank, p, seed)
-    linear.bwd.unobserved(y, x, s, *selection, bank, seed, logits_A.dtype, logits_B.dtype, p, [True] * 4)
+    linear.bwd.unobserved(y, x, s, *selection, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
     triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
 
 
@@ -42,7 +42,7 @@ def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256,
     projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
     linear, frozen = triton_vera.linear, (lambda_b, lambda_d, A, B, *projected)
     (y,) = linear.fwd.unobserved(x, base, *frozen, p, seed)
-    linear.bwd.unobserved(y, *frozen, seed, list(x.shape), dtype, p, [True] * 3)
+    linear.bwd.unobserved(y, *frozen, list(x.shape), dtype, p, seed, [True] * 3)
 
 
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.

@@ -49,7 +49,7 @@ class Differentiable(Operator):
         allocate: (*arguments) -> room for y.
         forward: (y, *arguments) -> results, having written y.
         fake: (y, *arguments) -> results without values.
-        saved: (results, *arguments) -> the tensors, and then the other arguments, of `backward` between dy and `needs`.
+        saved: (results, *arguments) -> the arguments of `backward` between dy and `needs`.
         backward: the operator (dy, *saved, needs) -> those of the gradients that `needs` asks for.
         gradients: the position among the arguments of each gradient that `backward` can give; None for none.
         has_base: the second argument is the base's result, or None, to which an update that is linear in x is added:
@@ -65,7 +65,7 @@ class Differentiable(Operator):
         allocate: Callable[..., Tensor],
         forward: Callable[..., tuple[Tensor, ...]],
         fake: Callable[..., tuple[Tensor, ...]],
-        saved: Callable[..., tuple[list[Tensor | None], list[Any]]],
+        saved: Callable[..., list[Any]],
         backward: Operator,
         gradients: tuple[int | None, ...],
         has_base: bool,
@@ -89,8 +89,7 @@ class Differentiable(Operator):
                     else:
                         y = allocate(*args)
                         kept = forward(y, *args)
-                tensors, ctx.rest = saved(kept, *args)
-                ctx.save_for_backward(*tensors)
+                _save(ctx, saved(kept, *args))
                 return y
 
             @staticmethod
@@ -100,9 +99,9 @@ class Differentiable(Operator):
                 grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
                 if any(needs):
                     # Before autograd is left: checkpointing computes them again here, and records that.
-                    kept = ctx.saved_tensors
+                    kept = _saved(ctx)
                     with modes.below_autograd():
-                        found = backward.on(dy)(dy, *kept, *ctx.rest, needs)
+                        found = backward.on(dy)(dy, *kept, needs)
                     wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
                     for position, grad in zip(wanted, found, strict=True):
                         grads[position] = grad  # type: ignore[index]
@@ -115,8 +114,7 @@ class Differentiable(Operator):
             def forward(ctx, x, base, *rest):
                 with modes.below_autograd():
                     kept = forward(base, x, base, *rest)
-                tensors, ctx.rest = saved(kept, x, base, *rest)
-                ctx.save_for_backward(*tensors)
+                _save(ctx, saved(kept, x, base, *rest))
                 ctx.mark_dirty(base)
                 return base
 
@@ -137,6 +135,17 @@ class Differentiable(Operator):
         self.fwd, self.bwd = fwd, backward
         self.unobserved = Function.apply
         self.in_place: Callable[..., Tensor] = InPlace.apply
+
+
+def _save(ctx: Any, values: list[Any]) -> None:
+    """Keep values of which some are tensors, which only autograd may hold."""
+    ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
+    ctx.values = [Tensor if isinstance(value, Tensor) else value for value in values]
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if value is Tensor else value for value in ctx.values]
 
 
 def first_derivative_only(backward: Callable) -> Callable:

@@ -65,10 +65,10 @@ def _linear_bwd(
     indices_B: Tensor,
     weights_B: Tensor,
     vector_bank: Tensor,
-    seed: Tensor | None,
     dtype_A: torch.dtype,
     dtype_B: torch.dtype,
     dropout_p: float,
+    seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order."""
@@ -82,7 +82,7 @@ def _linear_bwd(
     need_x, need_logits_A, need_logits_B, need_bank = needs
     need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
     if x.numel() == 0 or dy.numel() == 0:
-        nothing = _linear_bwd_fake(dy, x, s, *selection, vector_bank, seed, dtype_A, dtype_B, dropout_p, needs)
+        nothing = _linear_bwd_fake(dy, x, s, *selection, vector_bank, dtype_A, dtype_B, dropout_p, seed, needs)
         return [grad.zero_() for grad in nothing]
     x_rows, dy_rows, bank = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), vector_bank.contiguous()
     # Of x's shape from the start: a view of it autograd could not add to in place.
@@ -116,7 +116,7 @@ def _logits_shapes(selection: Selection, bank: Tensor) -> tuple[torch.Size, torc
 
 
 def _linear_bwd_fake(dy: Tensor, x: Tensor, s: Tensor, *rest: Any) -> list[Tensor]:
-    *selection, bank, _, dtype_A, dtype_B, _, needs = rest
+    *selection, bank, dtype_A, dtype_B, _, _, needs = rest
     shapes = (x.shape, *_logits_shapes(Selection(*selection), bank), bank.shape)
     like = zip(shapes, (x.dtype, dtype_A, dtype_B, bank.dtype), needs, strict=True)
     return [x.new_empty(shape, dtype=dtype) for shape, dtype, need in like if need]
@@ -124,8 +124,8 @@ def _linear_bwd_fake(dy: Tensor, x: Tensor, s: Tensor, *rest: Any) -> list[Tenso
 
 _linear_grads = Operator(
     "vblora_linear_bwd",
-    f"Tensor dy, Tensor x, Tensor s, {_SELECTION}, Tensor vector_bank, Tensor? seed, ScalarType dtype_A, "
-    "ScalarType dtype_B, float dropout_p, bool[] needs",
+    f"Tensor dy, Tensor x, Tensor s, {_SELECTION}, Tensor vector_bank, ScalarType dtype_A, "
+    f"ScalarType dtype_B, {_DROPOUT}, bool[] needs",
     "Tensor[]",
     _linear_bwd,
     _linear_bwd_fake,
@@ -194,9 +194,9 @@ def _as_matrices(x: Tensor, base: Tensor | None, y: Tensor) -> tuple[Tensor, Ten
     return x.reshape(-1, x.shape[-1]), None if base is None else base.reshape(-1, N), y.view(-1, N)
 
 
-def _linear_saved(kept: Any, x: Tensor, base: Tensor | None, logits_A: Tensor, logits_B: Tensor, *rest: Any) -> Any:
+def _linear_saved(kept: Any, x: Tensor, base: Tensor | None, logits_A: Tensor, logits_B: Tensor, *rest: Any) -> list:
     vector_bank, _, dropout_p, seed = rest
-    return [x, *kept, vector_bank, seed], [logits_A.dtype, logits_B.dtype, dropout_p]
+    return [x, *kept, vector_bank, logits_A.dtype, logits_B.dtype, dropout_p, seed]
 
 
 linear = Differentiable(
@@ -244,10 +244,10 @@ def _selected_fwd(
         return (launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, None, y_rows),)
 
 
-def _selected_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> Any:
+def _selected_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> list:
     *selection, vector_bank, dropout_p, seed = rest
     # No gradient of logits is asked for, and so their dtypes do not matter.
-    return [x, *kept, *selection, vector_bank, seed], [torch.float32, torch.float32, dropout_p]
+    return [x, *kept, *selection, vector_bank, torch.float32, torch.float32, dropout_p, seed]
 
 
 linear_selected = Differentiable(
@@ -326,7 +326,7 @@ compose = Differentiable(
     allocate=lambda logits, vector_bank, topk: vector_bank.new_empty((*logits.shape[:-1], vector_bank.shape[1])),
     forward=_compose_fwd,
     fake=_compose_fake,
-    saved=lambda kept, logits, vector_bank, topk: ([*kept, vector_bank], [logits.shape, logits.dtype]),
+    saved=lambda kept, logits, vector_bank, topk: [*kept, vector_bank, logits.shape, logits.dtype],
     backward=Operator(
         "compose_bwd",
         "Tensor d_out, Tensor indices, Tensor weights, Tensor vector_bank, SymInt[] shape, ScalarType dtype, "
