@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.models import VOCABULARY, tiny_llama
 from vblora_triton import VeraConfig, get_peft_model
 from vblora_triton.kernels.launch import counted
-from vblora_triton.vera import sharing
+from vblora_triton.vera import input_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # More than the rows up to which projections are not packed: the launch that packs one counts it.
@@ -74,7 +74,7 @@ def test_nothing_is_shared_between_steps():
     model = adapted()
     for seed in range(3):
         assert_equal(step(model, model, tokens(seed)), step(model.base_model.model, model, tokens(seed)))
-        assert sharing._entries.get() is None
+        assert input_cache._entries.get() is None
 
 
 def test_layers_that_are_checkpointed_one_by_one_each_repeat_their_own_projection():
@@ -82,7 +82,7 @@ def test_layers_that_are_checkpointed_one_by_one_each_repeat_their_own_projectio
     q, k = attention(model)
 
     def run(call):
-        with sharing.shared_projections():
+        with input_cache.shared_projections():
             y = call(q, x)[:, :32] + call(k, x)[:, :32]
         return [y, *torch.autograd.grad(y.float().square().sum(), [x, q.vera_lambda_d["default"]])]
 
@@ -94,7 +94,7 @@ def test_layers_that_are_checkpointed_one_by_one_each_repeat_their_own_projectio
 def test_an_input_that_changes_is_projected_again_and_none_is_kept_alive():
     q, k = attention(adapted())
     x = torch.randn(80, 64, device=DEVICE, dtype=torch.bfloat16)
-    with torch.no_grad(), sharing.shared_projections(), counted() as names:
+    with torch.no_grad(), input_cache.shared_projections(), counted() as names:
         q(x)
         second = k(x)
         assert names.count("_pack_rows_kernel") == 1
@@ -153,6 +153,6 @@ def test_a_layer_whose_hook_may_change_its_input_projects_for_itself():
         x.data.mul_(2)
 
     k.register_forward_pre_hook(lambda module, args: double(args[0]))
-    with torch.no_grad(), sharing.shared_projections():
+    with torch.no_grad(), input_cache.shared_projections():
         q(x)
         assert torch.equal(k(x), expected)
