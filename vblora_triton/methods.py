@@ -1,7 +1,7 @@
 """The adapter methods: a line for each, at the end. All else is said in the method's own folder.
 
-Its configuration's class says what it is called, what is trained at which rate and what the command offers (`Method`),
-and where its model is; its model's class says which layers it makes and what is in its files.
+Its config.py holds `<Name>Config`, which says what it is called, what is trained at which rate and what the command
+offers (`Method`); its model.py holds `<Name>Model`, which says which layers it makes and what is in its files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def register(config_class: str) -> None:
-    """Make a method known, here and in files, by its configuration's class: "package.module:Class"."""
+    """Make a method known, here and in files, by its configuration's class: "package.config:NameConfig"."""
     known = resolve_name(config_class)
     PeftConfig.known[known.type_name] = known
 
@@ -41,7 +41,10 @@ def tuner_class(config: Any) -> type[BaseTuner]:
         )
     if config.peft_type not in PeftConfig.known:
         raise ValueError(f"`peft_type` is {config.peft_type!r}; supported: {', '.join(sorted(PeftConfig.known))}.")
-    return resolve_name(config.method.model)
+    # Imported only now: a model needs torch and transformers, which take seconds.
+    known = PeftConfig.known[config.peft_type]
+    package, name = known.__module__.rpartition(".")[0], known.__name__.removesuffix("Config")
+    return resolve_name(f"{package}.model:{name}Model")
 
 
 register("vblora_triton.vblora.config:VBLoRAConfig")

@@ -25,7 +25,6 @@ class ToyConfig(TargetedConfig):
     type_name: ClassVar[str | None] = "TOY"
     method: ClassVar[Method] = Method(
         title="Toy LoRA",
-        model="tests.toy_method.model:ToyModel",
         parts={"toy": Part("learning rate of A and B", ("toy_A", "toy_B"), 5e-2)},
         options={"r": Option("R", "rank of the update", 2), "gain": Option("G", "factor of the update", 3)},
         forms=(

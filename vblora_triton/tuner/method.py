@@ -70,7 +70,6 @@ class Method:
     """An adapter method; its configuration's class holds it as `method`.
 
     title: its name for the reader.
-    model: where its model's class is, "package.module:Class"; imported when it is needed.
     parts: name -> part; together they are everything that the method trains. No other method's part has the name.
     options: field of the configuration -> option.
     forms: how the command saves an adapter; the first one, "full", is how it is trained.
@@ -78,7 +77,6 @@ class Method:
     """
 
     title: str
-    model: str
     parts: Mapping[str, Part]
     options: Mapping[str, Option] = field(default_factory=dict)
     forms: tuple[FileForm, ...] = (FileForm(),)

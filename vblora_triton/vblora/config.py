@@ -68,7 +68,6 @@ class VBLoRAConfig(TargetedConfig):
     type_name: ClassVar[str | None] = "VBLORA"
     method: ClassVar[Method] = Method(
         title="VB-LoRA",
-        model="vblora_triton.vblora.model:VBLoRAModel",
         # The small model's loss falls by 17 % in 250 steps with its own rates, by 8 % with the paper's.
         parts={
             "vector_bank": Part(

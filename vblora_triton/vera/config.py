@@ -55,7 +55,6 @@ class VeraConfig(TargetedConfig):
     type_name: ClassVar[str | None] = "VERA"
     method: ClassVar[Method] = Method(
         title="VeRA",
-        model="vblora_triton.vera.model:VeraModel",
         # After 100 steps of rank 64 the small model's loss is 2.20 at 1e-1, and 2.29 at 4e-2.
         parts={
             "lambda": Part(
