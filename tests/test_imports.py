@@ -52,7 +52,11 @@ ONLY = [
     ("kernels/*.py", {"torch", "triton", "numpy", "kernels/"}),
     ("vblora_triton/ops/reference.py", {"torch"}),
     ("vblora_triton/ops/*.py", {"torch", "kernels/", "vblora_triton/ops/"}),
-    ("vblora_triton/*/config.py", {"vblora_triton/hub.py", "vblora_triton/tuner/config.py"}),
+    (
+        "vblora_triton/*/config.py",
+        {"vblora_triton/hub.py", "vblora_triton/tuner/config.py", "vblora_triton/tuner/method.py"},
+    ),
+    ("vblora_triton/tuner/method.py", set()),
 ]
 
 

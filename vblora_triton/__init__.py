@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import vblora_triton.methods  # noqa: F401 - registers them
 from vblora_triton.hub import AdapterFileError
 from vblora_triton.tuner.config import PeftConfig, PeftType, TaskType
 from vblora_triton.vblora.config import VBLoRAConfig

@@ -8,7 +8,6 @@ from typing import Any
 from vblora_triton.tuner.config import CONFIG_NAME, replacing
 
 CARD_NAME = "README.md"
-_METHODS = {"VBLORA": "VB-LoRA", "VERA": "VeRA"}
 
 
 def card_fields(config: Any) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def model_card(config: Any) -> str:
         *(f"- {tag}" for tag in tags),
         "---",
         "",
-        f"# {_METHODS.get(config.peft_type.value, config.peft_type.value)} adapter",
+        f"# {config.method.title} adapter",
         "",
         f"An adapter for {f'`{base}`' if base else 'a base model'}; its settings are in `{CONFIG_NAME}`.",
         "",

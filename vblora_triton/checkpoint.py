@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vblora_triton.card import CARD_NAME, model_card
 from vblora_triton.hub import CONFIG_NAME, AdapterFileError
 from vblora_triton.tuner.config import PeftConfig, replacing
-from vblora_triton.tuner.keys import adapter_keys, buffers_outside
-from vblora_triton.tuner.layer import MergingLayer
+from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
+from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.model import BaseTuner
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -259,7 +259,7 @@ def fill_adapter(
 def _device(tuner: BaseTuner, owner_name: str) -> torch.device:
     """Return where a parameter of an adapter belongs: with its layer's weight, or where the model begins."""
     layer = tuner.get_submodule(owner_name.rpartition(".")[0])
-    weight = layer.weight if isinstance(layer, MergingLayer) else next(tuner.model.parameters())
+    weight = layer.weight if isinstance(layer, BaseTunerLayer) else next(tuner.model.parameters())
     # A model without values, too, can be given an adapter that has them.
     return torch.device("cpu") if weight.is_meta else weight.device
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vblora_triton import __version__
+from vblora_triton.methods import methods
 
 _DESCRIPTION = """\
-Fine-tune a causal language model on text with VB-LoRA or VeRA, then save the adapter, reload it, merge it, and check
+Fine-tune a causal language model on text with {titles}, then save the adapter, reload it, merge it, and check
 that all of them compute the same.
 
 Without --model, a small byte-level Llama is first trained from scratch on English text that comes with Python, and
@@ -21,9 +22,8 @@ minutes on a laptop. The end of the text (a tenth, at most 256 sequences) is hel
 
 _EPILOG = """\
 written to the output folder:
-  adapter/        the adapter with its full logits, or with its projections: to train further, to use, to merge
-  adapter-topk/   VB-LoRA's selected vectors and their weights alone, far smaller: to use and to merge
-  adapter-without-projections/   VeRA's scales alone, far smaller: the projections are drawn again
+  adapter/        the whole adapter: to train further, to use, to merge
+{forms}
   base/           the base model, where it was trained here
   report.json     the numbers of the table
   loss.png        the losses, where matplotlib is installed
@@ -74,15 +74,20 @@ def _targets(values: list[str]) -> str | tuple[str, ...]:
     return tuple(values)
 
 
-# group -> option -> its settings for argparse; the order is that of --help.
-_FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+# group -> option -> its settings for argparse, of the options that are no method's; the order is that of --help.
+_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "what to train on what": {
         "--model": {
             "metavar": "DIR|ID",
             "help": "a causal language model: a directory written by save_pretrained, or a hub id "
             "(default: a small one made on the spot)",
         },
-        "--data": {"nargs": "+", "default": [], "metavar": "FILE", "help": "UTF-8 text files (default: Python source)"},
+        "--data": {
+            "nargs": "+",
+            "default": [],
+            "metavar": "FILE",
+            "help": "UTF-8 text files (default: Python source)",
+        },
         "--output": {
             "required": True,
             "metavar": "DIR",
@@ -90,33 +95,6 @@ _FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "the adapter": {
-        "--method": {"choices": ["vblora", "vera"], "default": "vblora", "help": "default: %(default)s"},
-        "--r": {
-            "type": _int_from(1),
-            "metavar": "R",
-            "help": "rank of the update (default: 4 for vblora; 256 for vera, 64 for the small default model)",
-        },
-        "--num-vectors": {
-            "type": _int_from(1),
-            "metavar": "H",
-            "help": "vblora: vectors in the shared bank (default: 256; 64 for the small default model)",
-        },
-        "--vector-length": {
-            "type": _int_from(1),
-            "metavar": "B",
-            "help": "vblora: length of a vector; must divide the inputs and outputs of every targeted layer "
-            "(default: the longest that does, at most 256)",
-        },
-        "--topk": {
-            "type": _int_from(1),
-            "metavar": "K",
-            "help": "vblora: vectors mixed into each piece of the matrices, at most H (default: 2)",
-        },
-        "--projection-prng-key": {
-            "type": _int_from(0, 2**64 - 1),
-            "metavar": "KEY",
-            "help": "vera: what its two random matrices are drawn from (default: 0)",
-        },
         "--target-modules": {
             "nargs": "+",
             "default": ["all-linear"],
@@ -139,28 +117,6 @@ _FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "metavar": "N",
             "help": "tokens in a sequence (default: %(default)s)",
         },
-        "--lr": {
-            "type": _rate,
-            "metavar": "LR",
-            "help": "one learning rate for all parts of the adapter, where theirs is not given",
-        },
-        "--vector-bank-lr": {
-            "type": _rate,
-            "metavar": "LR",
-            "help": "vblora: learning rate of the vector bank (default: 1e-3, the paper's; 1e-2 for the small default "
-            "model)",
-        },
-        "--logits-lr": {
-            "type": _rate,
-            "metavar": "LR",
-            "help": "vblora: learning rate of the logits (default: 1e-2, the paper's; 1e-1 for the small default "
-            "model)",
-        },
-        "--lambda-lr": {
-            "type": _rate,
-            "metavar": "LR",
-            "help": "vera: learning rate of the scales (default: 4e-3, the paper's; 1e-1 for the small default model)",
-        },
         "--seed": {
             # The generators' range: numpy's, which Trainer seeds too, is the narrowest.
             "type": _int_from(0, 2**32 - 1),
@@ -170,6 +126,11 @@ _FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         # How long the small default model is trained; for tests, which have no use for a good one.
         "--pretraining-steps": {"type": _int_from(1), "default": 150, "help": argparse.SUPPRESS},
+        "--lr": {
+            "type": _rate,
+            "metavar": "LR",
+            "help": "one learning rate for all parts of the adapter, where theirs is not given",
+        },
     },
     "the machine": {
         "--backend": {
@@ -186,21 +147,46 @@ _FINETUNE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def _own_options(kind: str) -> dict[str, dict[str, Any]]:
+    """Return option -> its settings for argparse, of all methods' "options" or "rates"; one they share stands once."""
+    settings: dict[str, dict[str, Any]] = {}
+    for name, method in methods().items():
+        for field, option in getattr(method, kind).items():
+            small = "" if option.small is None else f"; {option.small:g} for the small default model"
+            help = f"{name}: {option.help} (default: {option.default_help or format(option.default, 'g')}{small})"
+            setting = settings.setdefault(f"--{field.replace('_', '-')}", {"metavar": option.metavar})
+            setting["type"] = _rate if kind == "rates" else _int_from(option.minimum, option.maximum)
+            setting["help"] = f"{setting['help']}; {help}" if "help" in setting else help
+    return settings
+
+
 def _parser() -> argparse.ArgumentParser:
+    titles = [method.title for method in methods().values()]
+    forms = (
+        f"  {form.folder}/   {method.title}'s {form.help}"
+        for method in methods().values()
+        for form in method.forms
+        if form.key != "full"
+    )
     parser = _Parser(prog="vblora-triton", description="VB-LoRA and VeRA with fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=_Parser)
     finetune = commands.add_parser(
         "finetune",
         help="fine-tune a model on text, save, reload, merge and compare",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        description=_DESCRIPTION.format(titles=" or ".join(titles)),
+        epilog=_EPILOG.format(forms="\n".join(forms)),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for title, options in _FINETUNE_OPTIONS.items():
+    own = {
+        "the adapter": {"--method": {"choices": list(methods()), "default": "vblora", "help": "default: %(default)s"}}
+        | _own_options("options"),
+        "the training": _own_options("rates"),
+    }
+    for title, options in _OPTIONS.items():
         group = finetune.add_argument_group(title)
-        for name, settings in options.items():
+        for name, settings in (options | own.get(title, {})).items():
             group.add_argument(name, **settings)
     return parser
 

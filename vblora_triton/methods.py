@@ -1,15 +1,30 @@
-"""The adapter methods of this package: which model class belongs to which configuration."""
+"""The adapter methods: a line for each, at the end. All else is said in the method's own folder.
+
+Its config.py holds `<Name>Config`, which says what it is called, what is trained at which rate and what the command
+offers (`Method`); its model.py holds `<Name>Model`, which says which layers it makes and what is in its files.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
-from vblora_triton.tuner.config import PeftConfig, PeftType
-from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.vblora.model import VBLoRAModel
-from vblora_triton.vera.model import VeraModel
+from vblora_triton.tuner.config import PeftConfig
 
-TUNERS: dict[PeftType, type[BaseTuner]] = {PeftType.VBLORA: VBLoRAModel, PeftType.VERA: VeraModel}
+if TYPE_CHECKING:
+    from vblora_triton.tuner.method import Method
+    from vblora_triton.tuner.model import BaseTuner
+
+
+def register(config_class: str) -> None:
+    """Make a method known, here and in files, by its configuration's class: "package.config:NameConfig"."""
+    known = resolve_name(config_class)
+    PeftConfig.known[known.type_name] = known
+
+
+def methods() -> dict[str, Method]:
+    """Return what each method says of itself, by the name that the command has for it, such as "vblora"."""
+    return {name.lower(): config_class.method for name, config_class in PeftConfig.known.items()}
 
 
 def tuner_class(config: Any) -> type[BaseTuner]:
@@ -24,8 +39,13 @@ def tuner_class(config: Any) -> type[BaseTuner]:
             f"`peft_config` is of type {type(config).__module__}.{type(config).__name__}; give a "
             "vblora_triton configuration, such as vblora_triton.VBLoRAConfig."
         )
-    if config.peft_type not in TUNERS:
-        raise ValueError(
-            f"`peft_type` is {config.peft_type!r}; supported: {', '.join(sorted(kind.value for kind in TUNERS))}."
-        )
-    return TUNERS[PeftType(config.peft_type)]
+    if config.peft_type not in PeftConfig.known:
+        raise ValueError(f"`peft_type` is {config.peft_type!r}; supported: {', '.join(sorted(PeftConfig.known))}.")
+    # Imported only now: a model needs torch and transformers, which take seconds.
+    known = PeftConfig.known[config.peft_type]
+    package, name = known.__module__.rpartition(".")[0], known.__name__.removesuffix("Config")
+    return resolve_name(f"{package}.model:{name}Model")
+
+
+register("vblora_triton.vblora.config:VBLoRAConfig")
+register("vblora_triton.vera.config:VeraConfig")

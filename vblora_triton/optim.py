@@ -7,19 +7,11 @@ from typing import Any
 
 from torch import nn
 
-_BANK = {"vblora_vector_bank"}
-_LOGITS = {"vblora_logits_A", "vblora_logits_B"}
-_LAMBDA = {"vera_lambda_b", "vera_lambda_d"}
+from vblora_triton.methods import methods
 
 
 def parameter_groups(
-    model: nn.Module,
-    *,
-    lr: float | None = None,
-    vector_bank_lr: float = 1e-3,
-    logits_lr: float = 1e-2,
-    lambda_lr: float = 4e-3,
-    weight_decay: float = 0.0,
+    model: nn.Module, *, lr: float | None = None, weight_decay: float = 0.0, **rates: float
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters of an adapted model into groups for a torch optimizer.
 
@@ -31,32 +23,37 @@ def parameter_groups(
     Args:
         model: a model with VB-LoRA or VeRA adapters.
         lr: rate of whatever is trained beside them (biases, `modules_to_save`); None for the optimizer's own.
-        vector_bank_lr: rate of the vector bank; the default is that of the VB-LoRA paper.
-        logits_lr: rate of the logits; the default is that of the paper.
-        lambda_lr: rate of VeRA's scales; the default is that of the VeRA paper for instruction tuning. It takes up to
-            ten times as much for smaller models.
         weight_decay: for every group but "other_no_decay".
+        rates: of the parts of an adapter, each by default that of its paper: `vector_bank_lr` (1e-3) and `logits_lr`
+            (1e-2) of VB-LoRA; `lambda_lr` of VeRA, its scales (4e-3, for instruction tuning; smaller models take up to
+            ten times as much).
     Returns:
         The groups, in the order above.
     Raises:
         ValueError: a rate or the decay is negative or not finite, or the model has nothing to train.
+        TypeError: there is no such rate.
     """
-    rates = {"lr": lr, "vector_bank_lr": vector_bank_lr, "logits_lr": logits_lr, "lambda_lr": lambda_lr}
-    rates["weight_decay"] = weight_decay
-    for name, value in rates.items():
+    parts = {rate: (rate[:-3], part) for method in methods().values() for rate, part in method.rates.items()}
+    unknown = [name for name in rates if name not in parts]
+    if unknown:
+        raise TypeError(f"`{unknown[0]}` is no rate of an adapter's part; there are {', '.join(parts)}.")
+    for name, value in {"lr": lr, "weight_decay": weight_decay, **rates}.items():
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"`{name}` is {value}; give a finite number of at least 0.")
     groups: dict[str, dict[str, Any]] = {
-        "vector_bank": {"lr": vector_bank_lr, "weight_decay": weight_decay},
-        "logits": {"lr": logits_lr, "weight_decay": weight_decay},
-        "lambda": {"lr": lambda_lr, "weight_decay": weight_decay},
-        "other": {"lr": lr, "weight_decay": weight_decay},
-        "other_no_decay": {"lr": lr, "weight_decay": 0.0},
+        name: {"lr": rates.get(rate, part.default), "weight_decay": weight_decay}
+        for rate, (name, part) in parts.items()
     }
+    groups["other"] = {"lr": lr, "weight_decay": weight_decay}
+    groups["other_no_decay"] = {"lr": lr, "weight_decay": 0.0}
+    group_of = {attribute: name for name, part in parts.values() for attribute in part.parameters}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[_group_of(name, parameter)].append(parameter)
+            # Whole components of the dotted name: an adapter may be called anything, also "vblora_logits_A2".
+            own = [group_of[component] for component in name.split(".") if component in group_of]
+            other = "other" if parameter.dim() > 1 else "other_no_decay"
+            members[own[0] if own else other].append(parameter)
     if not any(members.values()):
         raise ValueError(
             "`model` has no trainable parameter: its adapters are frozen or missing. Load them with "
@@ -67,15 +64,3 @@ def parameter_groups(
         for name, settings in groups.items()
         if members[name]
     ]
-
-
-def _group_of(name: str, parameter: nn.Parameter) -> str:
-    # Whole components of the dotted name: an adapter may be called anything, also "vblora_logits_A2".
-    components = set(name.split("."))
-    if components & _BANK:
-        return "vector_bank"
-    if components & _LOGITS:
-        return "logits"
-    if components & _LAMBDA:
-        return "lambda"
-    return "other" if parameter.dim() > 1 else "other_no_decay"

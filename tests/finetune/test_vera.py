@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.finetune.case import REPORT_KEYS, SEQ_LEN, TINY, finetune, save_model, save_texts
-from vblora_triton.finetune.method import METHODS
 from vblora_triton.finetune.options import Options, check
+from vblora_triton.methods import methods
 
 R, KEY, SMALL = 8, 5, "adapter-without-projections"
 
@@ -110,7 +110,7 @@ def test_a_run_of_the_other_method_takes_the_place_of_an_earlier_one(run, given,
     ("model", "asked", "expected"),
     [
         (True, {}, (256, 0, 4e-3)),
-        (False, {}, (METHODS["vera"].embedded["r"], 0, METHODS["vera"].embedded["lambda_lr"])),
+        (False, {}, (methods()["vera"].options["r"].small, 0, methods()["vera"].rates["lambda_lr"].small)),
         (True, {"lr": 0.5}, (256, 0, 0.5)),
         (True, {"lr": 0.5, "lambda_lr": 0.25, "r": 3, "projection_prng_key": 0}, (3, 0, 0.25)),
     ],

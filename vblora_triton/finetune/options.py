@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,39 +15,46 @@ from transformers import AutoModelForCausalLM
 
 from vblora_triton.finetune.base import PRETRAINING_STEPS, Base, as_input_error, check_fits, embedded_base, named_base
 from vblora_triton.finetune.data import InputError, Sequences, python_source, read_texts, split
-from vblora_triton.finetune.method import METHODS, Method
 from vblora_triton.finetune.output import check_output
+from vblora_triton.methods import methods
+from vblora_triton.ops import use_backend
 from vblora_triton.peft_model import get_peft_model
+from vblora_triton.tuner.config import PeftConfig
+from vblora_triton.tuner.method import Method
 
-# A vector_length that is chosen for the user. A short one makes as many logits as a layer has weights.
-LONGEST, SHORTEST = 256, 16
+_COMMON: dict[str, Any] = {
+    "model": None,
+    "data": (),
+    "method": "vblora",
+    "target_modules": "all-linear",
+    "steps": 250,
+    "pretraining_steps": PRETRAINING_STEPS,
+    "batch_size": 16,
+    "seq_len": 128,
+    "lr": None,
+    "seed": 0,
+    "backend": "auto",
+    "dtype": None,
+}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `vblora-triton finetune` was asked for; None leaves the choice to the run (see the command's help)."""
+class Options(SimpleNamespace):
+    """What `vblora-triton finetune` was asked for; None leaves the choice to the run (see the command's help).
 
-    output: str
-    model: str | None = None
-    data: tuple[str, ...] = ()
-    method: str = "vblora"
-    r: int | None = None
-    num_vectors: int | None = None
-    vector_length: int | None = None
-    topk: int | None = None
-    projection_prng_key: int | None = None
-    target_modules: str | tuple[str, ...] = "all-linear"
-    steps: int = 250
-    pretraining_steps: int = PRETRAINING_STEPS
-    batch_size: int = 16
-    seq_len: int = 128
-    lr: float | None = None
-    vector_bank_lr: float | None = None
-    logits_lr: float | None = None
-    lambda_lr: float | None = None
-    seed: int = 0
-    backend: str = "auto"
-    dtype: str | None = None
+    Args:
+        output: the folder for the results.
+        given: the command's other options by their names, those of every method included (`r`, `lambda_lr`, ...).
+    Raises:
+        TypeError: there is no such option.
+    """
+
+    def __init__(self, output: str, **given: Any) -> None:
+        own = [name for method in methods().values() for name in (*method.options, *method.rates)]
+        known = {**_COMMON, **dict.fromkeys(own)}
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise TypeError(f"`{unknown[0]}` is no option; there are {', '.join(known)}.")
+        super().__init__(output=output, **known | given)
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,12 @@ def check(options: Options) -> Plan:
     Raises:
         InputError: the first thing found; it names the option and a way out.
     """
-    method, chosen = METHODS[options.method], _chosen(options)
+    method, chosen = methods()[options.method], _chosen(options)
     targets = options.target_modules
     with as_input_error(""):
-        config: Any = method.config_class(
-            # A vector_length that any layer takes, until the layers are known.
-            **{
-                name: int(chosen[name]) or 1 if name == "vector_length" else int(chosen[name]) for name in method.fields
-            },
+        make: Any = PeftConfig.known[options.method.upper()]
+        config = make(
+            **{name: chosen[name] for name in method.options},
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )
@@ -99,8 +105,8 @@ def check(options: Options) -> Plan:
     check_fits(base, tokens, options.seq_len)
     with as_input_error(""):
         layers = _layers_to_adapt(base, config)
-    if options.vector_length is None and "vector_length" in chosen:
-        config = replace(config, vector_length=_longest_vector(layers))
+        given = [name for name in method.options if getattr(options, name) is not None]
+        config = replace(config, **_fitted(method, layers, given))
     return Plan(
         options,
         method,
@@ -116,28 +122,30 @@ def check(options: Options) -> Plan:
     )
 
 
-def _chosen(options: Options) -> dict[str, float]:
+def _chosen(options: Options) -> dict[str, Any]:
     """Return the method's options, with its defaults for those that were not given.
 
     Raises:
         InputError: an option of another method was given.
     """
-    method = METHODS[options.method]
-    defaults = {**method.fields, **method.rates}
-    for name, other in METHODS.items():
-        stray = [option for option in (*other.fields, *other.rates) if option not in defaults]
+    method = methods()[options.method]
+    own: dict[str, Any] = {**method.options, **method.rates}
+    for name, other in methods().items():
+        stray = [option for option in (*other.options, *other.rates) if option not in own]
         given = [f"--{option.replace('_', '-')}" for option in stray if getattr(options, option) is not None]
         if given:
             raise InputError(
                 f"{given[0]} is an option of {other.title}, but --method is {options.method}; leave it out, or give "
                 f"--method {name}."
             )
-    if options.model is None:
-        defaults.update(method.embedded)
-    if options.lr is not None:
-        defaults.update(dict.fromkeys(method.rates, options.lr))
-    given_values = {name: getattr(options, name) for name in defaults}
-    return {name: default if given_values[name] is None else given_values[name] for name, default in defaults.items()}
+    chosen = {}
+    for name, option in own.items():
+        asked = getattr(options, name)
+        if asked is None and name in method.rates:
+            asked = options.lr
+        usual = option.small if options.model is None and option.small is not None else option.default
+        chosen[name] = usual if asked is None else asked
+    return chosen
 
 
 def _layers_to_adapt(base: Base, config: Any) -> dict[str, tuple[int, int]]:
@@ -145,17 +153,6 @@ def _layers_to_adapt(base: Base, config: Any) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(base.config), config)
     return {name: (layer.in_features, layer.out_features) for name, layer in model.base_model.layers()}
-
-
-def _longest_vector(layers: dict[str, tuple[int, int]]) -> int:
-    common = math.gcd(*(size for sizes in layers.values() for size in sizes))
-    length = max(b for b in range(1, LONGEST + 1) if common % b == 0)
-    if length < SHORTEST:
-        raise InputError(
-            f"No vector_length of at least {SHORTEST} divides every targeted layer (their sizes have only {common} in "
-            "common); leave some out with --target-modules, or insist with --vector-length."
-        )
-    return length
 
 
 class _Watched(TorchDispatchMode):
@@ -168,10 +165,19 @@ class _Watched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _fitted(method: Method, layers: dict[str, tuple[int, int]], given: Sequence[str] = ()) -> dict[str, int]:
+    """Choose the options that depend on the layers' sizes, but for those that were given."""
+    return {name: option.fit(layers) for name, option in method.options.items() if option.fit and name not in given}
+
+
 def _check_backend(backend: str, method: Method, config: Any, device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend that will run, "triton" or "reference", having made it run on a layer of 16 x 16."""
-    with as_input_error("--"), torch.no_grad(), _Watched() as watched:
-        method.probe(torch.ones(1, 16, device=device, dtype=dtype), config, backend)
+    layers = {"0": (16, 16)}
+    model = nn.Sequential(nn.Linear(16, 16, device=device, dtype=dtype))
+    config = replace(config, target_modules=list(layers), task_type=None, **_fitted(method, layers))
+    adapted = get_peft_model(model, config)
+    with as_input_error("--"), torch.no_grad(), use_backend(backend), _Watched() as watched:
+        adapted(torch.ones(1, 16, device=device, dtype=dtype))
     return "triton" if watched.kernel_ran else "reference"
 
 

@@ -12,14 +12,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vblora_triton.finetune.data import InputError
-from vblora_triton.finetune.method import METHODS
+from vblora_triton.methods import methods
 
-FULL = "adapter"
 BASE = "base"
 REPORT = "report.json"
 PLOT = "loss.png"
-# The report comes last, so that a folder with a report is a complete one.
-RESULTS = (BASE, FULL, *(method.folder for method in METHODS.values()), PLOT, REPORT)
+
+
+def results() -> list[str]:
+    """Name what a run writes, whatever its method; the report last, so that a folder with one is complete."""
+    adapters = dict.fromkeys(form.folder for method in methods().values() for form in method.forms)
+    return [BASE, *adapters, PLOT, REPORT]
 
 
 def check_output(output: Path) -> None:
@@ -28,7 +31,7 @@ def check_output(output: Path) -> None:
     Raises:
         InputError: the folder cannot be made or written, or holds something else under the names of the results.
     """
-    taken = [name for name in RESULTS if os.path.lexists(output / name)]
+    taken = [name for name in results() if os.path.lexists(output / name)]
     if taken and REPORT not in taken:
         raise InputError(
             f"--output {output} already holds {', '.join(taken)}, but no {REPORT} of an earlier run, so it would be "
@@ -92,7 +95,7 @@ def _replace(new: Path, output: Path, old: Path) -> None:
             done.append((source, target))
 
     try:
-        for name in RESULTS:
+        for name in results():
             move(output / name, old / name)
             move(new / name, output / name)
     except OSError:

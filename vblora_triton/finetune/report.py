@@ -11,27 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vblora_triton.finetune.method import METHODS
+from vblora_triton.methods import methods
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+# What the format calls torch's dtypes, without the number of bits.
+_SAFETENSORS_KINDS = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "bool": "BOOL"}
 
 
 @dataclass(frozen=True)
 class Report:
     """What a run measured.
 
-    bytes: of the weight files: "base", "full", the method's small form ("topk", "without_projections"), "lora".
+    bytes: of the weight files: "base", "full", its method's small form ("topk", "without_projections"), "lora".
     max_abs_diff: of logits from the trained model's: "reloaded_full", "reloaded_" and the small form, "merged".
     seconds: that adapting took.
     """
@@ -61,7 +51,8 @@ def safetensors_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) 
     # As the format's writer orders them: the widest elements first, then by name.
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        dtype_name = _SAFETENSORS_DTYPES.get(dtype, str(dtype))
+        kind = str(dtype).removeprefix("torch.").rstrip("0123456789")
+        dtype_name = _SAFETENSORS_KINDS.get(kind, kind) + ("" if dtype == torch.bool else str(8 * dtype.itemsize))
         header[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + end
@@ -98,8 +89,7 @@ def table(report: Report, title: str, *, held_out_tokens: int, lora_r: int, step
         step_ms: backend -> milliseconds of a training step, where they were measured.
     """
     change = 100 * (report.loss_after / report.loss_before - 1)
-    base, method = report.bytes["base"], METHODS[report.method]
-    full, small = method.forms
+    base, method = report.bytes["base"], methods()[report.method]
 
     def size(label: str, key: str) -> tuple[str, str]:
         return label, f"{report.bytes[key]:,} ({100 * report.bytes[key] / base:.3g} % of the base)"
@@ -121,15 +111,13 @@ def table(report: Report, title: str, *, held_out_tokens: int, lora_r: int, step
             [
                 ("base model", f"{base:,}"),
                 size(f"LoRA, r={lora_r}, same layers (computed)", "lora"),
-                size(f"{method.title} adapter, {full}", "full"),
-                size(f"{method.title} adapter, {small}", method.small),
+                *(size(f"{method.title} adapter, {form.label}", form.key) for form in method.forms),
             ],
         ),
         (
             "Largest absolute difference of logits from the trained model's",
             [
-                difference("reloaded from the full file", "reloaded_full"),
-                difference(f"reloaded from the {method.small_file}", f"reloaded_{method.small}"),
+                *(difference(f"reloaded from the {form.file}", f"reloaded_{form.key}") for form in method.forms),
                 difference("merged into the base", "merged"),
             ],
         ),
@@ -160,7 +148,7 @@ def plot(path: Path, losses: Sequence[tuple[int, float]], report: Report) -> boo
     axes = figure.add_subplot()
     axes.plot(*zip(*losses, strict=True), label="training")
     axes.plot([0, report.steps], [report.loss_before, report.loss_after], "o", label="held out, before and after")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=METHODS[report.method].title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=methods()[report.method].title)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -87,7 +87,7 @@ def finetune(options: Options) -> None:
     print(
         reports.table(report, plan.base.title, held_out_tokens=tokens, lora_r=_lora_rank(plan), step_ms=adapted.step_ms)
     )
-    written = ", ".join(name for name in outputs.RESULTS if (plan.output / name).exists())
+    written = ", ".join(name for name in outputs.results() if (plan.output / name).exists())
     print(f"\nWritten to {plan.output}: {written}")
 
 
@@ -142,8 +142,8 @@ def _write(plan: Plan, adapted: Adapted, source: str) -> reports.Report:
     with outputs.all_or_nothing(plan.output) as folder:
         _save(plan, model, folder, source)
         sizes = {"base": adapted.base_bytes}
-        for key, name in (("full", outputs.FULL), (plan.method.small, plan.method.folder)):
-            sizes[key] = (folder / name / "adapter_model.safetensors").stat().st_size
+        for form in plan.method.forms:
+            sizes[form.key] = (folder / form.folder / "adapter_model.safetensors").stat().st_size
         sizes["lora"] = reports.lora_bytes(plan.layers, _lora_rank(plan))
         report = reports.Report(
             method=plan.options.method,
@@ -172,11 +172,10 @@ def _save(plan: Plan, model: PeftModel, folder: Path, source: str) -> None:
         shutil.copytree(source, folder / outputs.BASE, copy_function=shutil.copyfile)
         # Where the copy will be found when the folder is in its place.
         config.base_model_name_or_path = str((plan.output / outputs.BASE).absolute())
-    field, full, small = plan.method.form
     # The full form last, as which the model is trained.
-    for form, name in ((small, plan.method.folder), (full, outputs.FULL)):
-        setattr(config, field, form)
-        model.save_pretrained(str(folder / name))
+    for form in reversed(plan.method.forms):
+        vars(config).update(form.fields)
+        model.save_pretrained(str(folder / form.folder))
 
 
 def _differences(plan: Plan, model: PeftModel, folder: Path, source: str) -> dict[str, float]:
@@ -196,8 +195,5 @@ def _differences(plan: Plan, model: PeftModel, folder: Path, source: str) -> dic
     def largest(other: Tensor) -> float:
         return (other.double() - trained.double()).abs().max().item()
 
-    return {
-        "reloaded_full": largest(reloaded(outputs.FULL)),
-        f"reloaded_{plan.method.small}": largest(reloaded(plan.method.folder)),
-        "merged": largest(merged),
-    }
+    differences = {f"reloaded_{form.key}": largest(reloaded(form.folder)) for form in plan.method.forms}
+    return differences | {"merged": largest(merged)}

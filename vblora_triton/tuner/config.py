@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from vblora_triton.hub import CONFIG_NAME, AdapterFileError, local_folder
+from vblora_triton.tuner.method import Method
 
 # Whether a configuration is being read, and not chosen by somebody to whom advice would be of use.
 _READING: ContextVar[bool] = ContextVar("_READING", default=False)
@@ -28,10 +29,21 @@ _Config = TypeVar("_Config", bound="PeftConfig")
 
 
 class PeftType(str, Enum):
-    """The adapter methods, under the names that adapter_config.json uses."""
+    """The adapter methods, under the names that adapter_config.json uses; here those that PEFT has too.
+
+    `PeftType(name)` takes the name of any method that is registered; see methods.py.
+    """
 
     VBLORA = "VBLORA"
     VERA = "VERA"
+
+    @classmethod
+    def _missing_(cls, value: object) -> PeftType | None:
+        if not isinstance(value, str) or value not in PeftConfig.known:
+            return None
+        member = str.__new__(cls, value)
+        member._name_ = member._value_ = value
+        return member
 
 
 class TaskType(str, Enum):
@@ -97,12 +109,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def name_set(name: str, value: Any) -> set[str] | str | None:
-    """Turn a list of module names into a set; leave a pattern or None alone.
-
-    Raises:
-        TypeError: neither names, nor a string, nor None.
-        ValueError: a string that is no regular expression.
-    """
+    """Turn a list of module names into a set; leave None alone, and a string, if it is a regular expression."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -120,11 +127,7 @@ def name_set(name: str, value: Any) -> set[str] | str | None:
 
 
 def name_list(name: str, value: Any) -> list[str] | None:
-    """Return a list of module names, each once, in the order given; leave None alone.
-
-    Raises:
-        TypeError: neither names nor None.
-    """
+    """Return a list of module names, each once, in the order given; leave None alone."""
     if value is None:
         return None
     if isinstance(name_set(name, value), str):
@@ -132,13 +135,8 @@ def name_list(name: str, value: Any) -> list[str] | None:
     return list(dict.fromkeys(value))
 
 
-def check_layers(layers_to_transform: Any, layers_pattern: Any, target_modules: Any) -> None:
-    """Check the two fields that restrict an adapter to some of the numbered layers.
-
-    Raises:
-        TypeError: `layers_to_transform` is not an int or ints, `layers_pattern` not a string or strings.
-        ValueError: a negative number; a pattern without numbers; numbers beside a `target_modules` string.
-    """
+def _check_layers(layers_to_transform: Any, layers_pattern: Any, target_modules: Any) -> None:
+    """Check the two fields that restrict an adapter to some of the numbered layers; TypeError or ValueError."""
     if layers_to_transform is not None:
         numbers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
         if not isinstance(numbers, (list, tuple)):
@@ -195,22 +193,20 @@ class PeftConfig:
     # Fields that PEFT's class does not have; None is not written, so that PEFT reads the file without a warning.
     own_fields: ClassVar[tuple[str, ...]] = ()
 
-    _peft_type: ClassVar[PeftType | None] = None
-    _classes: ClassVar[dict[str, type[PeftConfig]]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls._peft_type is not None:
-            PeftConfig._classes[cls._peft_type.value] = cls
+    # A method's name in files, and what it says of itself.
+    type_name: ClassVar[str | None] = None
+    method: ClassVar[Method]
+    # The configuration's class of each method that is registered, by its name in files; see methods.py.
+    known: ClassVar[dict[str, type[PeftConfig]]] = {}
 
     def __post_init__(self) -> None:
-        if self._peft_type is not None:
-            if self.peft_type not in (None, self._peft_type):
+        if self.type_name is not None:
+            if self.peft_type not in (None, self.type_name):
                 raise ValueError(
                     f"`peft_type` is {self.peft_type!r}, but {type(self).__name__} is for "
-                    f"{self._peft_type.value!r}; leave it out."
+                    f"{self.type_name!r}; leave it out."
                 )
-            self.peft_type = self._peft_type
+            self.peft_type = PeftType(self.type_name)
         if self.task_type is not None:
             check_choice("task_type", self.task_type, tuple(task.value for task in TaskType))
             self.task_type = TaskType(self.task_type)
@@ -285,11 +281,11 @@ class PeftConfig:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"`values` is of type {type(values).__name__}; give a mapping of field names to values.")
-        name = values.get("peft_type", cls._peft_type)
+        name = values.get("peft_type", cls.type_name)
         name = name.value if isinstance(name, PeftType) else name
-        config_class = PeftConfig._classes.get(name) if isinstance(name, str) else None
+        config_class = PeftConfig.known.get(name) if isinstance(name, str) else None
         if config_class is None:
-            raise ValueError(f"`peft_type` is {name!r}; supported: {', '.join(sorted(PeftConfig._classes))}.")
+            raise ValueError(f"`peft_type` is {name!r}; supported: {', '.join(sorted(PeftConfig.known))}.")
         if not issubclass(config_class, cls):
             raise ValueError(
                 f"`peft_type` is {name!r}, which {cls.__name__} cannot hold; use {config_class.__name__} or PeftConfig."
@@ -346,3 +342,36 @@ class PeftConfig:
                 "Hub such as 'someone/their-adapter'."
             )
         return cls.from_json_file(folder / CONFIG_NAME)
+
+
+class TargetedConfig(PeftConfig):
+    """A configuration with the fields of every method that adapts linear layers.
+
+    A method's class declares these fields among its own, because their order is that of PEFT's positional arguments.
+
+    Args:
+        target_modules: a list of names (a module matches with its whole name or with the end of it after a dot), a
+            regular expression for the whole name, "all-linear" (every linear layer but the output head), or None for
+            the usual layers of a known architecture.
+        exclude_modules: names or an expression, as above, to leave alone.
+        fan_in_fan_out: the weight is stored (in, out), as in GPT-2's Conv1D. Each layer's type decides; the field is
+            set to what was found.
+        bias: "none", "all" (every bias of the model is trained) or the method's name and "_only" (those of the adapted
+            layers). Trained biases stay in force when the adapter is disabled.
+        modules_to_save: names of further modules, for instance a classification head, to train in full and save.
+        layers_to_transform: a layer number, or several, to adapt; None for all.
+        layers_pattern: name of the list that holds the numbered layers, such as "layers" or "h".
+
+    The common fields (`task_type`, ...) are those of `PeftConfig`.
+    """
+
+    def check(self: Any) -> None:
+        """Check these fields, and turn lists of names into sets."""
+        check_choice("bias", self.bias, ("none", "all", f"{str(self.type_name).lower()}_only"))
+        for name, names in (
+            ("target_modules", name_set),
+            ("exclude_modules", name_set),
+            ("modules_to_save", name_list),
+        ):
+            setattr(self, name, names(name, getattr(self, name)))
+        _check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vblora_triton.tuner.config import PeftConfig
-from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper, linear_features
+from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper, UnsupportedTargetError, linear_features
 from vblora_triton.tuner.targets import (
     find_targets,
     name_matches,
@@ -18,10 +18,6 @@ from vblora_triton.tuner.targets import (
     original_modules,
     resolve_targets,
 )
-
-
-class UnsupportedTargetError(TypeError, ValueError):
-    """A targeted module cannot carry an adapter (TypeError to some callers, ValueError to others, so both)."""
 
 
 @dataclass(frozen=True)

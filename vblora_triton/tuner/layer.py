@@ -47,38 +47,95 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-class BaseTunerLayer:
+class UnsupportedTargetError(TypeError, ValueError):
+    """A targeted module cannot carry an adapter (TypeError to some callers, ValueError to others, so both)."""
+
+
+class AdapterState:
+    """Which adapters act and which are trained, in an adapted layer or in a module that is saved whole."""
+
+    _active_adapter: str | list[str]
+    _disable_adapters: bool = False
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer acts as its base layer, or the module as its original, alone; may be set."""
+        return self._disable_adapters
+
+    @disable_adapters.setter
+    def disable_adapters(self, disabled: bool) -> None:
+        self.enable_adapters(not disabled)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the active ones, as they were set."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters as a list; not all of them need be here."""
+        return as_names(self._active_adapter)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn all adapters on or off; which are active and which are trained stays as it is."""
+        self._disable_adapters = not enabled
+
+    def set_adapter(self: Any, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, trained unless `inference_mode`, and freeze the others."""
+        self._active_adapter = adapter_names
+        for adapter in self.available_adapters():
+            self.set_requires_grad(adapter, adapter in self.active_adapters and not inference_mode)
+
+
+class BaseTunerLayer(AdapterState):
     """A linear layer with adapters; a mix-in for an nn.Module that keeps the original as `base_layer`.
 
     A method's layer lists in `adapter_layer_names` its attributes that map adapter names to parameters, in
-    `shared_layer_names` those of them that belong to the model, and in `other_param_names` its other such mappings.
+    `shared_layer_names` those of them that belong to the model, and in `other_param_names` its other such mappings;
+    `dropout_name` is that which maps them to an nn.Dropout or nn.Identity.
+    Each adapter adds one matrix, `get_delta_weight`, to the weight, and can be merged into it.
+
+    r: dict, adapter -> rank; it holds every adapter that the layer has.
+    backend: "auto", "triton" or "reference"; see `ops.use_backend`.
+    fan_in_fan_out: the base layer, transformers' Conv1D, stores its weight (in_features, out_features).
+    keep_base_weight: hold a copy of the weight while adapters are merged, so that `unmerge` restores it bit for bit.
+        It costs the memory of the weight. Turned off, `unmerge` subtracts the matrices again, exact to rounding.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
     shared_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
+    dropout_name: str
 
     base_layer: Any
     merged_adapters: list[str]
-    _disable_adapters: bool
-    _active_adapter: str | list[str]
     r: dict[str, int]
     in_features: int
     out_features: int
+    training: bool
     backend: str
+    keep_base_weight: bool = True
+    _base_weight: Tensor | None = None
+    # In a tuple, where nn.Module does not see modules to register: they are the model's own. Copying and pickling keep
+    # them so, and .to() changes the parameters inside them.
+    _shared: tuple[Any, ...] = ()
 
     def _wrap(self, base_layer: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Take a linear layer as `base_layer`, with no adapter yet; TypeError if it is none."""
+        """Take a linear layer as `base_layer`, with no adapter yet; UnsupportedTargetError if it is none."""
         sizes = linear_features(base_layer)
         if sizes is None:
-            raise TypeError(
+            raise UnsupportedTargetError(
                 f"`base_layer` is a {type(base_layer).__name__}; give an nn.Linear or a Conv1D of transformers."
             )
         self.in_features, self.out_features = sizes
+        self.fan_in_fan_out = self.is_target_conv_1d_layer = isinstance(base_layer, Conv1D)
         self.base_layer = base_layer
+        self.r = {}
+        setattr(self, self.dropout_name, nn.ModuleDict())
+        for name in self.own_names():
+            setattr(self, name, nn.ParameterDict())
         self.merged_adapters = []
         self.backend = "auto"
-        self._disable_adapters = False
         self._active_adapter = []
         self.kwargs = kwargs
 
@@ -101,50 +158,52 @@ class BaseTunerLayer:
         """Whether any adapter is merged into the base weight."""
         return bool(self.merged_adapters)
 
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the layer acts as its base layer alone; may be set."""
-        return self._disable_adapters
-
-    @disable_adapters.setter
-    def disable_adapters(self, disabled: bool) -> None:
-        self.enable_adapters(not disabled)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter, or the active ones, as they were set."""
-        return self._active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters as a list; this layer need not have all of them."""
-        return as_names(self._active_adapter)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn all adapters on or off; which are active and which are trained stays as it is."""
-        self._disable_adapters = not enabled
-
     def available_adapters(self) -> list[str]:
         """Name the adapters that this layer has, in the order in which they came."""
-        own = [name for name in self.adapter_layer_names if name not in self.shared_layer_names]
-        return list(dict.fromkeys(adapter for name in own for adapter in getattr(self, name)))
+        return list(self.r)
+
+    @classmethod
+    def own_names(cls) -> list[str]:
+        """Name the attributes that map adapters to parameters of this layer alone."""
+        return [name for name in cls.adapter_layer_names if name not in cls.shared_layer_names]
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Return name in the file -> name here, of each tensor of an adapter that is this layer's own."""
-        own = [name for name in self.adapter_layer_names if name not in self.shared_layer_names]
-        return {name: f"{name}.{adapter_name}" for name in own if adapter_name in getattr(self, name)}
+        return {name: f"{name}.{adapter_name}" for name in self.own_names() if adapter_name in getattr(self, name)}
+
+    def _empty(self, *shape: int) -> Tensor:
+        """Make a tensor for a parameter: on the CPU, so that a seed gives the same values whatever the device.
+
+        It has none on the meta device, where the base weight is or torch.device() says so.
+        """
+        return torch.empty(shape, dtype=torch.float32, device=self.weight.device if self.weight.is_meta else None)
+
+    def _hold(
+        self, adapter_name: str, r: int, dropout: float, parameters: dict[str, Tensor], *shared: Any, frozen: bool
+    ) -> None:
+        """Take an adapter, or a new one in place of the one of that name.
+
+        Args:
+            dropout: probability; that an element of the input is dropped in training.
+            parameters: attribute -> its values, which are moved to the device of the base weight.
+            shared: what `shared_layer_names` names; kept by reference.
+            frozen: otherwise it is trained if it is active.
+        """
+        self.r[adapter_name] = r
+        dropouts = getattr(self, self.dropout_name)
+        dropouts[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        dropouts[adapter_name].train(self.training)
+        for name, values in parameters.items():
+            getattr(self, name)[adapter_name] = nn.Parameter(
+                values if values.is_meta else values.to(self.weight.device)
+            )
+        self._shared = shared
+        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not frozen)
 
     def tensors_of(self, adapter_name: str) -> list[Tensor]:
         """Return everything that an adapter consists of here, what it shares with other layers included."""
         mappings = (getattr(self, name) for name in self.adapter_layer_names)
         return [mapping[adapter_name] for mapping in mappings if adapter_name in mapping]
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones, trained unless `inference_mode`, and freeze the others."""
-        names = as_names(adapter_names)
-        self._active_adapter = adapter_names
-        for adapter in self.available_adapters():
-            self.set_requires_grad(adapter, adapter in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze the parameters of adapters; one that cannot be trained stays frozen."""
@@ -174,16 +233,7 @@ class BaseTunerLayer:
         if adapter_name in self.active_adapters:
             self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
-
-class MergingLayer(BaseTunerLayer):
-    """A layer whose adapters each add one matrix, `get_delta_weight`, to the weight, and can be merged into it.
-
-    keep_base_weight: hold a copy of the weight while adapters are merged, so that `unmerge` restores it bit for bit.
-        It costs the memory of the weight. Turned off, `unmerge` subtracts the matrices again, exact to rounding.
-    """
-
-    keep_base_weight: bool = True
-    _base_weight: Tensor | None = None
+    # Merging.
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what the adapter adds to the weight, float32, in the weight's own layout."""
@@ -265,7 +315,7 @@ class MergingLayer(BaseTunerLayer):
         self.merged_adapters.clear()
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(AdapterState, nn.Module):
     """A module that is trained in full beside the adapters: each adapter has a copy, the original stays as it was.
 
     At most one active adapter may have a copy of the same module.
@@ -276,7 +326,6 @@ class ModulesToSaveWrapper(nn.Module):
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self._active_adapter = active_adapter
-        self._disable_adapters = False
 
     def add(self, adapter_name: str) -> None:
         """Give the adapter its copy of the original module."""
@@ -295,33 +344,13 @@ class ModulesToSaveWrapper(nn.Module):
         """Call the module in force."""
         return self.active_copy(*args, **kwargs)
 
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the original is in force, whatever is active."""
-        return self._disable_adapters
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters as a list; at most one of them has a copy."""
-        return as_names(self._active_adapter)
-
     def tensors_of(self, adapter_name: str) -> list[Tensor]:
         """Return the parameters of an adapter's copy."""
         return list(self.modules_to_save[adapter_name].parameters())
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Put the active copy, or the original, in force."""
-        self._disable_adapters = not enabled
-
     def available_adapters(self) -> list[str]:
         """Name the adapters that have a copy."""
         return list(self.modules_to_save)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; their copy is trained unless `inference_mode`."""
-        self._active_adapter = adapter_names
-        for name in self.available_adapters():
-            self.set_requires_grad(name, name in as_names(adapter_names) and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze the copies of adapters."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton.ops import modes
-from vblora_triton.tuner.layer import MergingLayer
+from vblora_triton.tuner.layer import BaseTunerLayer
 
 
 def may_write(base_layer: nn.Module, base: Tensor) -> bool:
@@ -28,15 +28,13 @@ def may_write(base_layer: nn.Module, base: Tensor) -> bool:
     )
 
 
-class AdaptedLinear(nn.Linear, MergingLayer):
+class AdaptedLinear(nn.Linear, BaseTunerLayer):
     """nn.Linear, or transformers' Conv1D, with adapters that each add an update to its result.
 
     y = base_layer(x) + sum_active update(x)
 
-    A method's layer says what the update is: `_add_update`.
+    A method's layer says what the update is: `_add_update`, and `_delta` for the weight.
     """
-
-    training: bool
 
     def _add_update(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
         """Return the base layer's result with an adapter's update added; `may_write` says if into `base` itself."""
@@ -60,7 +58,21 @@ class AdaptedLinear(nn.Linear, MergingLayer):
                 y = self._add_update(adapter, x, y)
         return y
 
+    def _delta(self, adapter: str) -> Tensor:
+        """Return what the adapter adds to a weight (out_features, in_features), float32."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter adds to the base weight, float32, stored as that is."""
+        # Under autocast the product would be rounded to 16 bits.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            delta = self._delta(adapter)
+        return delta.T if self.fan_in_fan_out else delta
+
     def _op_options(self, dropout: nn.Module) -> dict[str, Any]:
         """Return what every op takes by keyword, with the probability of an nn.Dropout, or none of an nn.Identity."""
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         return {"dropout_p": p, "training": dropout.training, "backend": self.backend}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__module__.split('.')[-2]}.{super().__repr__()}"

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from vblora_triton.tuner.layer import MergingLayer, ModulesToSaveWrapper
+from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
 
 
 def merge_layers(
     model: nn.Module,
-    layers: dict[str, MergingLayer],
+    layers: dict[str, BaseTunerLayer],
     adapter_names: list[str] | None,
     safe_merge: bool,
     keep: bool = True,
@@ -37,7 +37,7 @@ def merge_layers(
             layer.merge(adapter_names=names[key])
 
 
-def unmerge_layers(layers: dict[str, MergingLayer]) -> None:
+def unmerge_layers(layers: dict[str, BaseTunerLayer]) -> None:
     """Restore the base weight of every layer that has adapters merged."""
     for layer in layers.values():
         if layer.merged:
@@ -47,7 +47,7 @@ def unmerge_layers(layers: dict[str, MergingLayer]) -> None:
 def strip_model(model: nn.Module) -> None:
     """Take every adapter off a model, whoever put it on, and restore the weights that adapters were merged into."""
     found = dict(model.named_modules())
-    layers = {name: module for name, module in found.items() if isinstance(module, MergingLayer)}
+    layers = {name: module for name, module in found.items() if isinstance(module, BaseTunerLayer)}
     unmerge_layers(layers)
     heads = {name: module for name, module in found.items() if isinstance(module, ModulesToSaveWrapper)}
     unload_model(model, layers | heads, [])
@@ -69,7 +69,7 @@ def unload_model(model: nn.Module, wrappers: dict[str, Any], kept: list[str]) ->
         setattr(model.get_submodule(parent), child, bare)
 
 
-def _check_untied(model: Any, merging: list[str], layers: dict[str, MergingLayer]) -> None:
+def _check_untied(model: Any, merging: list[str], layers: dict[str, BaseTunerLayer]) -> None:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     tied = [key for key in merging if embedding is not None and layers[key].weight is embedding.weight]
     if tied:

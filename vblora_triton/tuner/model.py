@@ -7,20 +7,30 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vblora_triton.tuner.config import PeftConfig
+from vblora_triton.tuner.file_keys import AdapterFiles, live_bias_name
 from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan
-from vblora_triton.tuner.keys import adapter_keys, buffers_outside, live_bias_name
-from vblora_triton.tuner.layer import MergingLayer, ModulesToSaveWrapper, as_names, check_adapter_name
+from vblora_triton.tuner.layer import (
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    as_names,
+    check_adapter_name,
+)
 from vblora_triton.tuner.merging import merge_layers, unload_model, unmerge_layers
-from vblora_triton.tuner.savable import SavableCounts
 
 
-class BaseTuner(SavableCounts, nn.Module):
+class BaseTuner(AdapterFiles, nn.Module):
     """A model with adapters on it, kept as `model` and changed in place.
 
-    A subclass sets the class attributes and says what one adapter is made of.
+    A subclass sets the class attributes and says what one adapter is made of; see `AdapterFiles` for its files.
+
+    prefix: what the names of the method's parameters begin with.
+    config_class, tuner_layer_cls: the classes of its configuration and of its layers, whatever they adapt.
+    linear_cls: the class of the layer that adapts a linear one. It is made of the base layer, what its
+        `shared_layer_names` names, the adapter's name, and `layer_arguments`; `update_layer` takes the name, what is
+        shared, and the arguments.
+    target_module_mapping: `model_type` -> the usual targets.
 
     Args:
         model: the model to adapt.
@@ -33,9 +43,8 @@ class BaseTuner(SavableCounts, nn.Module):
         ValueError, TypeError: the adapter does not fit the model, which is then as it was.
     """
 
-    prefix: ClassVar[str]
-    config_class: ClassVar[type[PeftConfig]]
-    tuner_layer_cls: ClassVar[type[MergingLayer]]
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
+    linear_cls: ClassVar[Any]
     target_module_mapping: ClassVar[dict[str, list[str] | str]]
 
     def __init__(
@@ -63,50 +72,34 @@ class BaseTuner(SavableCounts, nn.Module):
     def check_plan(cls, plan: InjectionPlan) -> None:
         """Check the sizes of the targets; raise ValueError that names each that does not fit."""
 
-    @classmethod
-    def adapter_shapes(cls, plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
-        """Return file key -> shape of the method's own parameters for an adapter."""
-        raise NotImplementedError
-
-    @classmethod
-    def pack(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn an adapter's parameters, by file key, into what the file holds."""
-        return tensors
-
-    @classmethod
-    def unpack(
-        cls, config: Any, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], problems: dict[str, str]
-    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], bool]:
-        """Turn what a file holds into what the model will hold, by key; say which shapes, and if for inference only.
-
-        `expected` has the shapes of the full form; what is wrong inside goes to `problems`, by file key.
-        """
-        return tensors, expected, False
-
-    @classmethod
-    def tensor_problem(cls, key: str, tensor: Tensor) -> str | None:
-        """Say what makes a tensor of the right shape unfit for an adapter, or None."""
-        if not tensor.is_floating_point():
-            # A module that is saved whole may count something in integers.
-            return f"dtype {tensor.dtype}, a floating one is needed" if cls.prefix in key else None
-        return None if torch.isfinite(tensor).all() else "values that are not finite"
-
-    def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> set[str]:
-        """Give the adapter the parameters that these are to fill; return the keys that are seen to already."""
-        return set()
-
-    def full_shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
-        """Return file key -> shape of an adapter that is on the model, in its full form."""
-        return {key: tuple(tensor.shape) for key, tensor in self.adapter_tensors(adapter_name).items()}
-
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """Make what the layers of the adapter will share."""
+
+    @classmethod
+    def layer_arguments(cls, config: Any) -> dict[str, Any]:
+        """Return what a layer has to know of an adapter's configuration, by the names of its arguments."""
+        return {}
 
     def _create_and_replace(
         self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
     ) -> None:
         """Give the adapter to one layer: to the adapted layer that is there, or to a new one in the layer's place."""
-        raise NotImplementedError
+        shared = (getattr(self, attribute) for attribute in self.tuner_layer_cls.shared_layer_names)
+        if isinstance(target, self.tuner_layer_cls):
+            layer: Any = target
+            layer.update_layer(adapter_name, *shared, **self.layer_arguments(config))
+        else:
+            self._replace_module(current_key, self._create_new_module(config, *shared, adapter_name, target))
+
+    @classmethod
+    def _create_new_module(cls, config: Any, *parts: Any, **kwargs: Any) -> Any:
+        """Make the adapted layer for a linear one; `parts` are what is shared, the adapter's name, and the linear one.
+
+        Raises:
+            UnsupportedTargetError: it is neither nn.Linear nor Conv1D.
+        """
+        *others, target = parts
+        return cls.linear_cls(target, *others, **cls.layer_arguments(config), **kwargs)
 
     # Life of an adapter.
 
@@ -121,14 +114,6 @@ class BaseTuner(SavableCounts, nn.Module):
         plan = make_plan(config, model, cls.target_module_mapping, heads)
         cls.check_plan(plan)
         return plan
-
-    @classmethod
-    def file_shapes(cls, plan: InjectionPlan) -> dict[str, tuple[int, ...]]:
-        """Return file key -> shape of everything that belongs to the planned adapter."""
-        shapes = cls.adapter_shapes(plan)
-        for name, module in plan.saved.items():
-            shapes |= {f"base_model.model.{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
-        return shapes | {f"base_model.model.{name}": shape for name, shape in plan.biases.items()}
 
     def add_adapter(
         self,
@@ -350,7 +335,7 @@ class BaseTuner(SavableCounts, nn.Module):
         self.active_adapter = []
         return self.model
 
-    # Parameters and files.
+    # What is on the model.
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """Walk the adapted layers, by their name in `model`."""
@@ -365,11 +350,6 @@ class BaseTuner(SavableCounts, nn.Module):
         """Walk the adapted layers and the modules that are saved whole, by their name in `model`."""
         kinds = (self.tuner_layer_cls, ModulesToSaveWrapper)
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, kinds))
-
-    def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """Return file key -> live tensor of everything that belongs to an adapter."""
-        state = buffers_outside(self) | self.state_dict(prefix="base_model.")
-        return {key: state[live] for key, live in adapter_keys(self, adapter_name).items()}
 
     def _bias(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(live_bias_name(self.model, name))

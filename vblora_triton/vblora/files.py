@@ -1,4 +1,4 @@
-"""The small form of logits, in files and in memory: which entries are the top k, and their weights."""
+"""The files of VB-LoRA, and the small form of logits in them and in memory: the top k entries and their weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton.ops import cpu, reference
+from vblora_triton.tuner.file_keys import AdapterFiles, Shapes
+from vblora_triton.tuner.injection import InjectionPlan
+from vblora_triton.vblora.config import VBLoRAConfig
+
+BANK_KEY = "base_model.vblora_vector_bank"
+INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
+
+
+def logits_shapes(
+    in_features: int, out_features: int, r: int, num_vectors: int, vector_length: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return the shapes of logits_A, (r, in/b, num_vectors), and logits_B, (out/b, r, num_vectors)."""
+    return (r, in_features // vector_length, num_vectors), (out_features // vector_length, r, num_vectors)
 
 
 def index_dtype(num_vectors: int) -> torch.dtype:
@@ -30,8 +43,9 @@ def encode_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         indices (*rows, topk), dtype `index_dtype`, and weights (*rows, topk - 1), float32: softmax(top_k(logits))
         without its last entry, which is what is missing to 1.
     """
-    # Sorting all of the logits would take longer than writing the file.
-    indices, weights = cpu.select(logits.detach().float(), topk)
+    # Sorting all of the logits would take longer than writing the file; of those without values only the sizes count.
+    select = reference.select if logits.is_meta else cpu.select
+    indices, weights = select(logits.detach().float(), topk)
     return indices.to(index_dtype(logits.shape[-1])), weights[..., :-1].contiguous()
 
 
@@ -112,3 +126,131 @@ def topk_problem(indices: Tensor, weights: Tensor, num_vectors: int) -> str | No
     if not torch.isfinite(weights).all() or (weights < 0).any() or (total > 1.02).any():
         return "weights that are not finite, negative, or add up to more than 1"
     return None
+
+
+class VBLoRAFiles(AdapterFiles):
+    """The files of VB-LoRA: the bank, and of each layer its logits or what they select."""
+
+    @classmethod
+    def adapter_shapes(cls, plan: InjectionPlan) -> Shapes:
+        """Return file key -> shape of the logits of every target and of the bank."""
+        c = plan.config
+        shapes: Shapes = {}
+        for name, (in_features, out_features) in plan.features().items():
+            logits = logits_shapes(in_features, out_features, c.r, c.num_vectors, c.vector_length)
+            for attribute, shape in zip(("vblora_logits_A", "vblora_logits_B"), logits, strict=True):
+                shapes[f"base_model.model.{name}.{attribute}"] = shape
+        return shapes | {BANK_KEY: (c.num_vectors, c.vector_length)}
+
+    @classmethod
+    def pack(cls, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn an adapter's tensors into what its file holds: float32, and top-k only where the config says so.
+
+        Raises:
+            ValueError: an adapter that was loaded from a top-k file is to be saved in full.
+        """
+        packed = {}
+        for key, tensor in tensors.items():
+            if _is_topk(key) and not config.save_only_topk_weights:
+                raise ValueError(
+                    f"{key.removesuffix(INDICES).removesuffix(WEIGHTS)} was loaded from a top-k file, which cannot be "
+                    "saved in full; set `save_only_topk_weights` to True in its configuration."
+                )
+            if key.endswith(INDICES):
+                packed[key] = tensor.to(index_dtype(config.num_vectors))
+            elif key.endswith(WEIGHTS):
+                packed[key] = tensor[..., :-1]
+            elif _is_logits(key) and config.save_only_topk_weights:
+                packed[key + INDICES], packed[key + WEIGHTS] = encode_topk(tensor, config.topk)
+            else:
+                packed[key] = tensor.float() if key == BANK_KEY or _is_logits(key) else tensor
+        return packed
+
+    @classmethod
+    def unpack(
+        cls, config: VBLoRAConfig, tensors: dict[str, Tensor], expected: Shapes, problems: dict[str, str]
+    ) -> tuple[dict[str, Tensor], Shapes, bool]:
+        """Turn what a file holds into what the model will hold; logits that are not all there become selections."""
+        # Logits with entries of -inf: a top-k file that another writer read and saved again in full.
+        cut = any(_is_logits(key) and t.is_floating_point() and torch.isneginf(t).any() for key, t in tensors.items())
+        if not cut and not any(map(_is_topk, tensors)):
+            return tensors, expected, False
+        unpacked, wanted = dict(tensors), dict(expected)
+        for key in filter(_is_logits, expected):
+            pair = [key + suffix for suffix in (INDICES, WEIGHTS) if key + suffix in tensors]
+            if bool(pair) == (key in tensors):
+                continue  # neither form, or both: one of the keys is missing, or unknown
+            problem = _form_problem(tensors, key, pair, expected[key], config.topk)
+            taken = [unpacked.pop(name) for name in pair or [key]]
+            del wanted[key]
+            if problem or (not pair and cls.tensor_problem(key, taken[0])):
+                problems[key] = problem or str(cls.tensor_problem(key, taken[0]))
+                continue
+            selection = decode_topk(*(taken if pair else encode_topk(taken[0], config.topk)))
+            for suffix, tensor in zip((INDICES, WEIGHTS), selection, strict=True):
+                unpacked[key + suffix], wanted[key + suffix] = tensor, tuple(tensor.shape)
+        return unpacked, wanted, True
+
+    @classmethod
+    def tensor_problem(cls, key: str, tensor: Tensor) -> str | None:
+        """Say what makes a tensor unfit for an adapter, or None."""
+        if key.endswith(INDICES):
+            return None  # checked with the weights, while unpacking
+        if not _is_logits(key) or not tensor.is_floating_point():
+            return super().tensor_problem(key, tensor)
+        # -inf is an entry that is not selected, so long as others of its row are.
+        bad = torch.isnan(tensor).any() or torch.isposinf(tensor).any() or torch.isneginf(tensor).all(-1).any()
+        return "logits that are NaN or infinite" if bad else None
+
+    def set_form(self: Any, adapter_name: str, tensors: dict[str, Tensor]) -> set[str]:
+        """Let the layers hold selections where these are selections, and logits where they are logits."""
+        for name, layer in self.layers():
+            keys = [
+                f"base_model.model.{name}.vblora_logits_{matrix}{suffix}"
+                for matrix in "AB"
+                for suffix in (INDICES, WEIGHTS)
+            ]
+            if adapter_name not in layer.r:
+                continue
+            if keys[0] in tensors:
+                device = torch.device("cpu") if layer.weight.is_meta else layer.weight.device
+                layer.use_topk(adapter_name, TopkLogits(*(tensors[key].to(device) for key in keys)))
+            elif not layer.is_trainable(adapter_name):
+                layer.use_logits(adapter_name)
+        return set()
+
+    def full_shapes(self: Any, adapter_name: str) -> Shapes:
+        """Return file key -> shape of an adapter that is on the model, in its full form."""
+        shapes = {key: shape for key, shape in super().full_shapes(adapter_name).items() if not _is_topk(key)}
+        for name, layer in self.layers():
+            if adapter_name in layer.r:
+                for matrix, shape in zip("AB", layer.full_shapes(adapter_name), strict=True):
+                    shapes[f"base_model.model.{name}.vblora_logits_{matrix}"] = shape
+        return shapes
+
+
+def _is_logits(key: str) -> bool:
+    return key.endswith((".vblora_logits_A", ".vblora_logits_B"))
+
+
+def _is_topk(key: str) -> bool:
+    return key.endswith((INDICES, WEIGHTS)) and _is_logits(key.removesuffix(INDICES).removesuffix(WEIGHTS))
+
+
+def _form_problem(
+    tensors: dict[str, Tensor], key: str, pair: list[str], shape: tuple[int, ...], topk: int
+) -> str | None:
+    """Say what keeps logits, or the pair of tensors that stands for them, from becoming a selection."""
+    if len(pair) == 1:
+        return f"its {pair[0].rpartition('_')[2]} only"
+    if not pair:
+        found = tuple(tensors[key].shape)
+        return None if found == shape else f"shape {found}, {shape} is needed"
+    indices, weights = tensors[pair[0]], tensors[pair[1]]
+    rows = shape[:-1]
+    if tuple(indices.shape) != (*rows, topk) or tuple(weights.shape) != (*rows, topk - 1):
+        return (
+            f"shapes {tuple(indices.shape)} of indices and {tuple(weights.shape)} of weights, where {(*rows, topk)} "
+            f"and {(*rows, topk - 1)} belong"
+        )
+    return topk_problem(indices, weights, shape[-1])

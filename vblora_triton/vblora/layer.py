@@ -8,21 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton import ops
-from vblora_triton.tuner.config import check_float, check_int
-from vblora_triton.tuner.layer import MergingLayer
+from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.linear import AdaptedLinear, may_write
-from vblora_triton.vblora.files import TopkLogits
+from vblora_triton.vblora.config import VBLoRAConfig
+from vblora_triton.vblora.files import TopkLogits, logits_shapes
 from vblora_triton.vblora.selection import SelectionCache
 
 
-def logits_shapes(
-    in_features: int, out_features: int, r: int, num_vectors: int, vector_length: int
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Return the shapes of logits_A, (r, in/b, num_vectors), and logits_B, (out/b, r, num_vectors)."""
-    return (r, in_features // vector_length, num_vectors), (out_features // vector_length, r, num_vectors)
-
-
-class VBLoRALayer(MergingLayer):
+class VBLoRALayer(BaseTunerLayer):
     """What a layer keeps for each of its VB-LoRA adapters.
 
     vblora_logits_A: nn.ParameterDict, adapter -> (r, in/b, num_vectors).
@@ -31,28 +24,25 @@ class VBLoRALayer(MergingLayer):
         own it, so that it is one parameter of the model, saved, moved and sharded once.
     vblora_topk: nn.ModuleDict, adapter -> TopkLogits, of the adapters that were loaded from top-k files; these have
         nothing in the first two.
-    r, topk: dict, adapter -> int.
+    topk: dict, adapter -> int.
     vblora_dropout: nn.ModuleDict, adapter -> nn.Dropout or nn.Identity.
-    backend: "auto", "triton" or "reference"; see `ops.use_backend`.
+
+    See `BaseTunerLayer` for the rest.
     """
 
     adapter_layer_names = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
     shared_layer_names = ("vblora_vector_bank",)
     other_param_names = ("r", "topk", "vblora_dropout", "vblora_topk")
+    dropout_name = "vblora_dropout"
 
-    training: bool
+    vblora_dropout: nn.ModuleDict
+    vblora_logits_A: nn.ParameterDict
+    vblora_logits_B: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self._wrap(base_layer, kwargs)
-        self.r: dict[str, int] = {}
         self.topk: dict[str, int] = {}
-        self.vblora_dropout = nn.ModuleDict()
-        self.vblora_logits_A = nn.ParameterDict()
-        self.vblora_logits_B = nn.ParameterDict()
         self.vblora_topk = nn.ModuleDict()
-        # In a tuple, where nn.Module does not see a module to register. Copying and pickling keep it the model's own,
-        # and .to() changes the parameters inside it.
-        self._shared: tuple[nn.ParameterDict, ...] = ()
 
     @property
     def vblora_vector_bank(self) -> nn.ParameterDict:
@@ -81,38 +71,28 @@ class VBLoRALayer(MergingLayer):
         Raises:
             ValueError, TypeError: a number out of range, or a `vector_length` that does not divide the layer.
         """
-        for name, value in (("r", r), ("topk", topk), ("num_vectors", num_vectors), ("vector_length", vector_length)):
-            check_int(name, value)
-        check_float("vblora_dropout", vblora_dropout, 0.0, 1.0, "a probability from 0 to 1")
-        if topk > num_vectors:
-            raise ValueError(
-                f"`topk` is {topk}, but there are `num_vectors` = {num_vectors} to choose from; give at most that."
-            )
+        VBLoRAConfig(  # its checks
+            r=r,
+            num_vectors=num_vectors,
+            vector_length=vector_length,
+            topk=topk,
+            vblora_dropout=vblora_dropout,
+            init_logits_std=init_logits_std,
+        )
         for name, size in (("in_features", self.in_features), ("out_features", self.out_features)):
             if size % vector_length:
                 raise ValueError(f"`vector_length` is {vector_length}, but `{name}` is {size}; give a divisor of it.")
         shapes = logits_shapes(self.in_features, self.out_features, r, num_vectors, vector_length)
-        device = self.weight.device
-        # On the CPU, so that a seed gives the same numbers whatever the device; None follows torch.device("meta").
-        draw_on = device if device.type == "meta" else None
-        logits = [torch.empty(shape, dtype=torch.float32, device=draw_on) for shape in shapes]
-        self.r[adapter_name] = r
-        self.topk[adapter_name] = topk
-        self.vblora_dropout[adapter_name] = nn.Dropout(vblora_dropout) if vblora_dropout > 0 else nn.Identity()
-        self.vblora_dropout[adapter_name].train(self.training)
-        for own, tensor in zip((self.vblora_logits_A, self.vblora_logits_B), logits, strict=True):
-            if not tensor.is_meta:
+        logits = {}
+        for name, shape in zip(self.own_names(), shapes, strict=True):
+            logits[name] = self._empty(*shape)
+            if not logits[name].is_meta:
                 # Without values it would take longest of all that a load does.
-                nn.init.normal_(tensor, 0, init_logits_std)
-            own[adapter_name] = nn.Parameter(tensor if tensor.is_meta else tensor.to(device))
-        self._shared = (vblora_vector_bank,)
+                nn.init.normal_(logits[name], 0, init_logits_std)
+        self.topk[adapter_name] = topk
         if adapter_name in self.vblora_topk:
             del self.vblora_topk[adapter_name]
-        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not inference_mode)
-
-    def available_adapters(self) -> list[str]:
-        """Name the adapters that this layer has, in the order in which they came."""
-        return list(self.r)
+        self._hold(adapter_name, r, vblora_dropout, logits, vblora_vector_bank, frozen=inference_mode)
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Say whether the adapter has its logits, and not only the top-k ones of a small file."""
@@ -165,8 +145,8 @@ class Linear(AdaptedLinear, VBLoRALayer):
         vblora_vector_bank: adapter -> bank (num_vectors, vector_length); kept by reference, not registered.
         adapter_name, r, num_vectors, vector_length, topk, vblora_dropout, init_logits_std: the first adapter; see
             `VBLoRALayer.update_layer`.
-        fan_in_fan_out: the weight is stored (in, out), as Conv1D does.
-        is_target_conv_1d_layer: the base layer is a Conv1D.
+        fan_in_fan_out, is_target_conv_1d_layer: taken for PEFT's sake; the base layer's type says how its weight is
+            stored.
     Raises:
         ValueError, TypeError: see `VBLoRALayer.update_layer`.
     """
@@ -190,8 +170,6 @@ class Linear(AdaptedLinear, VBLoRALayer):
         nn.Module.__init__(self)
         self._selections = SelectionCache()
         VBLoRALayer.__init__(self, base_layer, **kwargs)
-        self.fan_in_fan_out = fan_in_fan_out
-        self.is_target_conv_1d_layer = is_target_conv_1d_layer
         self._active_adapter = adapter_name
         self.train(base_layer.training)
         self.update_layer(
@@ -243,13 +221,7 @@ class Linear(AdaptedLinear, VBLoRALayer):
             )
         return A.reshape(A.shape[0], -1), B.transpose(1, 2).reshape(-1, B.shape[1])
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return B A, float32, (out_features, in_features), or its transpose where the weight is stored so."""
-        # Under autocast the product would be rounded to 16 bits.
-        with torch.autocast(self.weight.device.type, enabled=False):
-            A, B = self._get_lora_matrices(adapter, cast_to_fp32=True)
-            delta = B @ A
-        return delta.T if self.fan_in_fan_out else delta
-
-    def __repr__(self) -> str:
-        return f"vblora.{super().__repr__()}"
+    def _delta(self, adapter: str) -> Tensor:
+        """Return B A, float32, (out_features, in_features)."""
+        A, B = self._get_lora_matrices(adapter, cast_to_fp32=True)
+        return B @ A

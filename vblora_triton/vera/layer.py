@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from vblora_triton import ops
 from vblora_triton.tuner.config import check_int
-from vblora_triton.tuner.layer import MergingLayer
+from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.linear import AdaptedLinear, may_write
 from vblora_triton.vera import input_cache
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.projection import ProjectionDict
 
 
-class VeraLayer(MergingLayer):
+class VeraLayer(BaseTunerLayer):
     """What a layer keeps for each of its VeRA adapters.
 
     vera_lambda_b: nn.ParameterDict, adapter -> (out).
@@ -25,25 +24,23 @@ class VeraLayer(MergingLayer):
     vera_A, vera_B: adapter -> frozen (r, at least in) and (at least out, r). The model's; the layer reaches them and
         does not own them, so that each is one buffer of the model, saved and moved once. It takes the first columns
         of A and the first rows of B.
-    r: dict, adapter -> int.
     vera_dropout: nn.ModuleDict, adapter -> nn.Dropout or nn.Identity.
-    backend: "auto", "triton" or "reference"; see `ops.use_backend`.
+
+    See `BaseTunerLayer` for the rest.
     """
 
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     shared_layer_names = ("vera_A", "vera_B")
     other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
+    dropout_name = "vera_dropout"
 
-    training: bool
+    vera_dropout: nn.ModuleDict
+    vera_lambda_b: nn.ParameterDict
+    vera_lambda_d: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self._wrap(base_layer, kwargs)
-        self.r = {}
-        self.vera_dropout = nn.ModuleDict()
-        self.vera_lambda_b = nn.ParameterDict()
-        self.vera_lambda_d = nn.ParameterDict()
-        # In a tuple, where nn.Module does not see modules to register. Copying and pickling keep them the model's own.
-        self._shared: tuple[ProjectionDict, ProjectionDict] = (ProjectionDict(), ProjectionDict())
+        self._shared = (ProjectionDict(), ProjectionDict())
 
     @property
     def vera_A(self) -> ProjectionDict:
@@ -80,41 +77,27 @@ class VeraLayer(MergingLayer):
         """
         check_int("r", r)
         self._check_projections(adapter_name, vera_A, vera_B, r)
-        device = self.weight.device
-        # On the CPU, so that a seed gives the same numbers whatever the device; None follows torch.device("meta").
-        draw_on = device if device.type == "meta" else None
-        start_b = torch.ones(self.out_features, dtype=torch.float32, device=draw_on)
-        start_d = torch.empty(r, dtype=torch.float32, device=draw_on)
-        if not (config.init_weights or start_d.is_meta):
-            start_d.normal_()
-        self.r[adapter_name] = r
-        self.vera_dropout[adapter_name] = nn.Dropout(config.vera_dropout) if config.vera_dropout > 0 else nn.Identity()
-        self.vera_dropout[adapter_name].train(self.training)
-        for own, tensor in ((self.vera_lambda_b, start_b), (self.vera_lambda_d, start_d)):
-            own[adapter_name] = nn.Parameter(tensor if tensor.is_meta else tensor.to(device))
-        self._shared = (vera_A, vera_B)
-        if config.init_weights:
-            self.reset_vera_parameters(adapter_name, config.d_initial)
-        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not inference_mode)
+        lambda_b, lambda_d = self._empty(self.out_features), self._empty(r)
+        if not lambda_d.is_meta:
+            lambda_b.fill_(0 if config.init_weights else 1)
+            lambda_d.fill_(config.d_initial) if config.init_weights else lambda_d.normal_()
+        own = {"vera_lambda_b": lambda_b, "vera_lambda_d": lambda_d}
+        self._hold(adapter_name, r, config.vera_dropout, own, vera_A, vera_B, frozen=inference_mode)
 
     def _check_projections(self, adapter_name: str, vera_A: Any, vera_B: Any, r: int) -> None:
-        for name, held in (("vera_A", vera_A), ("vera_B", vera_B)):
+        for name, held, label, dim in (("vera_A", vera_A, "in_features", 1), ("vera_B", vera_B, "out_features", 0)):
             if adapter_name not in held:
                 raise ValueError(
                     f"`{name}` has no projection for adapter {adapter_name!r}, but those of {list(held)}; put it in "
                     "first: every adapter has its own."
                 )
-        A, B = vera_A[adapter_name], vera_B[adapter_name]
-        if A.dim() != 2 or A.shape[0] != r or A.shape[1] < self.in_features:
-            raise ValueError(
-                f"`vera_A` of adapter {adapter_name!r} has shape {tuple(A.shape)}; with `r` = {r} and `in_features` = "
-                f"{self.in_features} it must be ({r}, at least {self.in_features})."
-            )
-        if B.dim() != 2 or B.shape[1] != r or B.shape[0] < self.out_features:
-            raise ValueError(
-                f"`vera_B` of adapter {adapter_name!r} has shape {tuple(B.shape)}; with `r` = {r} and `out_features` = "
-                f"{self.out_features} it must be (at least {self.out_features}, {r})."
-            )
+            shape, least = tuple(held[adapter_name].shape), getattr(self, label)
+            if len(shape) != 2 or shape[1 - dim] != r or shape[dim] < least:
+                wanted = f"({r}, at least {least})" if dim else f"(at least {least}, {r})"
+                raise ValueError(
+                    f"`{name}` of adapter {adapter_name!r} has shape {shape}; with `r` = {r} and `{label}` = {least} "
+                    f"it must be {wanted}."
+                )
 
     def reset_vera_parameters(self, adapter_name: str, d_initial: float = 0.1) -> None:
         """Set an adapter back to where it starts: lambda_d = d_initial, and lambda_b = 0, which adds nothing."""
@@ -122,10 +105,6 @@ class VeraLayer(MergingLayer):
             with torch.no_grad():
                 self.vera_lambda_d[adapter_name].fill_(d_initial)
                 self.vera_lambda_b[adapter_name].zero_()
-
-    def available_adapters(self) -> list[str]:
-        """Name the adapters that this layer has, in the order in which they came."""
-        return list(self.r)
 
 
 class Linear(AdaptedLinear, VeraLayer):
@@ -139,7 +118,6 @@ class Linear(AdaptedLinear, VeraLayer):
         adapter_name: the first adapter.
         config: its configuration; see `VeraLayer.update_layer`.
         r: its rank; by default the configuration's.
-        is_target_conv_1d_layer: the base layer is a Conv1D; by default what it is.
     Raises:
         ValueError, TypeError: see `VeraLayer.update_layer`.
     """
@@ -152,15 +130,11 @@ class Linear(AdaptedLinear, VeraLayer):
         adapter_name: str,
         config: VeraConfig,
         r: int | None = None,
-        is_target_conv_1d_layer: bool | None = None,
         **kwargs: Any,
     ) -> None:
         # nn.Linear's own __init__ would make a weight of its own.
         nn.Module.__init__(self)
         VeraLayer.__init__(self, base_layer, **kwargs)
-        conv = isinstance(base_layer, Conv1D)
-        self.fan_in_fan_out = conv
-        self.is_target_conv_1d_layer = conv if is_target_conv_1d_layer is None else is_target_conv_1d_layer
         self._active_adapter = adapter_name
         self.train(base_layer.training)
         self.update_layer(adapter_name, vera_A, vera_B, config.r if r is None else r, config=config)
@@ -186,18 +160,9 @@ class Linear(AdaptedLinear, VeraLayer):
         # Of a model that is spread over devices, the one pair is elsewhere for some layers.
         return (A, B) if A.device == B.device == device else (A.to(device), B.to(device))
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return diag(lambda_b) B diag(lambda_d) A, float32, (out_features, in_features), or as the weight is stored.
-
-        Conv1D stores its weight (in_features, out_features).
-        """
-        # Under autocast the product would be rounded to 16 bits.
-        with torch.autocast(self.weight.device.type, enabled=False):
-            A, B = self._projections(adapter, self.weight.device)
-            lambda_b, lambda_d = self.vera_lambda_b[adapter].float(), self.vera_lambda_d[adapter].float()
-            scaled = lambda_b[:, None] * B[: self.out_features].float() * lambda_d
-            delta = scaled @ A[:, : self.in_features].float()
-        return delta.T if self.fan_in_fan_out else delta
-
-    def __repr__(self) -> str:
-        return f"vera.{super().__repr__()}"
+    def _delta(self, adapter: str) -> Tensor:
+        """Return diag(lambda_b) B diag(lambda_d) A, float32, (out_features, in_features)."""
+        A, B = self._projections(adapter, self.weight.device)
+        lambda_b, lambda_d = self.vera_lambda_b[adapter].float(), self.vera_lambda_d[adapter].float()
+        scaled = lambda_b[:, None] * B[: self.out_features].float() * lambda_d
+        return scaled @ A[:, : self.in_features].float()
