@@ -134,10 +134,10 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "the machine": {
         "--backend": {
-            "choices": ["auto", "triton", "reference"],
+            "choices": ["auto", "triton", "cpu", "reference"],
             "default": "auto",
-            "help": "triton: the fused kernels, on a GPU; reference: plain PyTorch; auto: the kernels where they run "
-            "(default: %(default)s)",
+            "help": "triton: the fused kernels, on a GPU; cpu: PyTorch with gradients written out; reference: PyTorch "
+            "as plain as can be; auto: the kernels where they run, elsewhere cpu (default: %(default)s)",
         },
         "--dtype": {
             "choices": ["float32", "bfloat16", "float16"],

@@ -25,6 +25,8 @@ from tests.finetune.case import (
 )
 from vblora_triton import PeftModel
 from vblora_triton.finetune.data import python_source
+from vblora_triton.kernels.launch import counted
+from vblora_triton.ops import cpu
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,11 @@ def test_report_has_exactly_the_documented_keys(run):
     assert set(report) == REPORT_KEYS
     assert set(report["bytes"]) == {"base", "full", "topk", "lora"}
     assert set(report["max_abs_diff"]) == {"reloaded_full", "reloaded_topk", "merged"}
-    assert (report["method"], report["backend"], report["steps"]) == ("vblora", "reference", 6)
+    assert (report["method"], report["backend"], report["steps"]) == (
+        "vblora",
+        "triton" if torch.cuda.is_available() else "cpu",
+        6,
+    )
     assert report["seconds"] > 0
 
 
@@ -160,12 +166,18 @@ def test_triton_backend_under_the_interpreter_gives_the_references_loss(model_di
     (tmp_path / "text").write_text("The interpreter is slow, so this is short.")
     few = ["--steps", "2", "--batch-size", "1", "--seq-len", "8", "--target-modules", "0.self_attn.q_proj"]
     common = ["--model", model_dir, "--data", tmp_path / "text", *few, *ADAPTER, *RATES]
-    assert finetune("--output", tmp_path / "reference", *common, "--backend", "reference") == 0
-    # What the report says ran is what ran: the other one could not have.
-    monkeypatch.delattr("vblora_triton.ops.reference.vblora_linear")
-    assert finetune("--output", tmp_path / "triton", *common, "--backend", "triton") == 0
-    (report, _), (reference, _) = comparable(tmp_path / "triton"), comparable(tmp_path / "reference")
-    assert (report["backend"], reference["backend"]) == ("triton", "reference")
+    reports = {}
+    mixed, calls = cpu._mixed, []
+    monkeypatch.setattr(cpu, "_mixed", lambda *arguments: calls.append("cpu") or mixed(*arguments))
+    for backend, ran in (("reference", "reference"), ("triton", "triton"), ("auto", "cpu")):
+        calls.clear()
+        with counted() as launched:
+            assert finetune("--output", tmp_path / backend, *common, "--backend", backend) == 0
+        reports[backend] = comparable(tmp_path / backend)[0]
+        # By what was launched, and what was called of the CPU's own code.
+        assert reports[backend]["backend"] == ran
+        assert (bool(launched), bool(calls)) == (ran == "triton", ran == "cpu")
+    report, reference = reports["triton"], reports["reference"]
     assert report["loss_after"] == pytest.approx(reference["loss_after"], rel=1e-5)
     assert report["loss_after"] < report["loss_before"]
     assert report["max_abs_diff"]["reloaded_full"] == 0

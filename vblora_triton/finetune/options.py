@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from vblora_triton.finetune.base import PRETRAINING_STEPS, Base, as_input_error, check_fits, embedded_base, named_base
 from vblora_triton.finetune.data import InputError, Sequences, python_source, read_texts, split
 from vblora_triton.finetune.output import check_output
 from vblora_triton.methods import methods
-from vblora_triton.ops import use_backend
+from vblora_triton.ops import backends_that_run, use_backend
 from vblora_triton.peft_model import get_peft_model
 from vblora_triton.tuner.config import PeftConfig
 from vblora_triton.tuner.method import Method
@@ -155,30 +154,20 @@ def _layers_to_adapt(base: Base, config: Any) -> dict[str, tuple[int, int]]:
     return {name: (layer.in_features, layer.out_features) for name, layer in model.base_model.layers()}
 
 
-class _Watched(TorchDispatchMode):
-    """Notes whether an operator of this package, that is a kernel, runs."""
-
-    kernel_ran = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.kernel_ran |= func.namespace == "vblora_triton"
-        return func(*args, **(kwargs or {}))
-
-
 def _fitted(method: Method, layers: dict[str, tuple[int, int]], given: Sequence[str] = ()) -> dict[str, int]:
     """Choose the options that depend on the layers' sizes, but for those that were given."""
     return {name: option.fit(layers) for name, option in method.options.items() if option.fit and name not in given}
 
 
 def _check_backend(backend: str, method: Method, config: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend that will run, "triton" or "reference", having made it run on a layer of 16 x 16."""
+    """Return the backend that will run, having made it run on a layer of 16 x 16."""
     layers = {"0": (16, 16)}
     model = nn.Sequential(nn.Linear(16, 16, device=device, dtype=dtype))
     config = replace(config, target_modules=list(layers), task_type=None, **_fitted(method, layers))
     adapted = get_peft_model(model, config)
-    with as_input_error("--"), torch.no_grad(), use_backend(backend), _Watched() as watched:
+    with as_input_error("--"), torch.no_grad(), use_backend(backend), backends_that_run() as ran:
         adapted(torch.ones(1, 16, device=device, dtype=dtype))
-    return "triton" if watched.kernel_ran else "reference"
+    return ran.pop()
 
 
 def _check_dtype(options: Options, device: torch.device) -> torch.dtype:

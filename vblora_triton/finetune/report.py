@@ -21,6 +21,7 @@ _SAFETENSORS_KINDS = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "bo
 class Report:
     """What a run measured.
 
+    backend: what computed the adapter in training: "triton", "cpu" or "reference".
     bytes: of the weight files: "base", "full", its method's small form ("topk", "without_projections"), "lora".
     max_abs_diff: of logits from the trained model's: "reloaded_full", "reloaded_" and the small form, "merged".
     seconds: that adapting took.

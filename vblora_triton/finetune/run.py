@@ -20,7 +20,7 @@ from vblora_triton.finetune import report as reports
 from vblora_triton.finetune.data import InputError
 from vblora_triton.finetune.options import Options, Plan, check
 from vblora_triton.finetune.training import held_out_loss, logits, step_milliseconds, train
-from vblora_triton.ops import use_backend
+from vblora_triton.ops import backends_that_run, use_backend
 from vblora_triton.optim import parameter_groups
 from vblora_triton.peft_model import PeftModel, get_peft_model
 
@@ -32,7 +32,9 @@ COMPARED_TOKENS = 512
 class Adapted:
     """A trained model and what was measured on it.
 
-    losses: (step, training loss).    step_ms: backend -> milliseconds of a training step; empty on a CPU.
+    losses: (step, training loss).
+    backend: what computed the adapter in training.
+    step_ms: backend -> milliseconds of a training step; empty on a CPU.
     """
 
     model: PeftModel
@@ -41,6 +43,7 @@ class Adapted:
     loss_after: float
     losses: list[tuple[int, float]]
     seconds: float
+    backend: str
     step_ms: dict[str, float]
 
 
@@ -105,17 +108,18 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
     torch.manual_seed(options.seed)
     adapted = get_peft_model(model, plan.config)
     start = time.perf_counter()
-    losses = train(
-        adapted,
-        plan.sequences.train,
-        parameter_groups(adapted, **plan.rates),
-        steps=options.steps,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        what="adapter",
-        use_cpu=plan.device.type == "cpu",
-        scale_loss=plan.device.type == "cuda" and plan.dtype == torch.float16,
-    )
+    with backends_that_run() as ran:
+        losses = train(
+            adapted,
+            plan.sequences.train,
+            parameter_groups(adapted, **plan.rates),
+            steps=options.steps,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            what="adapter",
+            use_cpu=plan.device.type == "cpu",
+            scale_loss=plan.device.type == "cuda" and plan.dtype == torch.float16,
+        )
     seconds = time.perf_counter() - start
     after = held_out_loss(adapted, held_out, options.batch_size)
     if not math.isfinite(after):
@@ -124,7 +128,8 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
             f"Training diverged: the held-out loss went from {before:.4f} to {after}. Nothing was written; lower "
             f"{rates}."
         )
-    return Adapted(adapted, base_bytes, before, after, losses, seconds, _step_times(plan, adapted))
+    backend = " and ".join(sorted(ran))
+    return Adapted(adapted, base_bytes, before, after, losses, seconds, backend, _step_times(plan, adapted))
 
 
 def _step_times(plan: Plan, model: nn.Module) -> dict[str, float]:
@@ -147,7 +152,7 @@ def _write(plan: Plan, adapted: Adapted, source: str) -> reports.Report:
         sizes["lora"] = reports.lora_bytes(plan.layers, _lora_rank(plan))
         report = reports.Report(
             method=plan.options.method,
-            backend=plan.backend,
+            backend=adapted.backend,
             loss_before=adapted.loss_before,
             loss_after=adapted.loss_after,
             trainable_parameters=trainable,
