@@ -76,7 +76,7 @@ def vblora_linear(
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
     arguments = (x, base, logits_A, logits_B, vector_bank, topk)
-    chosen = _choose_linear("vblora_linear", *arguments, dropout_p, training, backend)
+    chosen = _choose_linear("vblora_linear", arguments, dropout_p, training, backend)
     with no_autocast(x.device.type):
         return chosen.run(*arguments, *chosen.dropout)
 
@@ -104,23 +104,13 @@ def vblora_linear_(
     """
     op = "vblora_linear_" if checks.writes_in_place(x, base, "vblora_linear") else "vblora_linear"
     arguments = (x, base, logits_A, logits_B, vector_bank, topk)
-    chosen = _choose_linear(op, *arguments, dropout_p, training, backend)
+    chosen = _choose_linear(op, arguments, dropout_p, training, backend)
     with no_autocast(x.device.type):
         return chosen.run(*arguments, *chosen.dropout)
 
 
-def _choose_linear(
-    op: str,
-    x: Tensor,
-    base: Tensor | None,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    dropout_p: float,
-    training: bool,
-    backend: str,
-) -> Choice:
+def _choose_linear(op: str, arguments: tuple, dropout_p: float, training: bool, backend: str) -> Choice:
+    x, base, logits_A, logits_B, vector_bank, topk = arguments
     checks.check_tensors(x=x, base=base, logits_A=logits_A, logits_B=logits_B, vector_bank=vector_bank)
     checks.check_linear(x, base, vector_bank, logits_A, logits_B, vector_bank.shape[0], "logits")
     checks.check_topk(topk, vector_bank.shape[0])
@@ -184,10 +174,10 @@ def vblora_linear_selected(
     Raises:
         ValueError, TypeError: as `vblora_linear`; or a weight requires a gradient.
     """
-    selection = Selection(indices_A, weights_A, indices_B, weights_B)
-    chosen = _choose_selected("vblora_linear_selected", x, base, selection, vector_bank, dropout_p, training, backend)
+    arguments = (x, base, indices_A, weights_A, indices_B, weights_B, vector_bank)
+    chosen = _choose_selected("vblora_linear_selected", arguments, dropout_p, training, backend)
     with no_autocast(x.device.type):
-        return chosen.run(x, base, *selection, vector_bank, *chosen.dropout)
+        return chosen.run(*arguments, *chosen.dropout)
 
 
 def vblora_linear_selected_(
@@ -208,25 +198,16 @@ def vblora_linear_selected_(
     Raises:
         ValueError, TypeError: as `vblora_linear_selected` and `vblora_linear_`; nothing is written then.
     """
-    selection = Selection(indices_A, weights_A, indices_B, weights_B)
+    arguments = (x, base, indices_A, weights_A, indices_B, weights_B, vector_bank)
     in_place = checks.writes_in_place(x, base, "vblora_linear_selected")
     op = "vblora_linear_selected_" if in_place else "vblora_linear_selected"
-    chosen = _choose_selected(op, x, base, selection, vector_bank, dropout_p, training, backend)
+    chosen = _choose_selected(op, arguments, dropout_p, training, backend)
     with no_autocast(x.device.type):
-        return chosen.run(x, base, *selection, vector_bank, *chosen.dropout)
+        return chosen.run(*arguments, *chosen.dropout)
 
 
-def _choose_selected(
-    op: str,
-    x: Tensor,
-    base: Tensor | None,
-    selection: Selection,
-    vector_bank: Tensor,
-    dropout_p: float,
-    training: bool,
-    backend: str,
-) -> Choice:
-    indices_A, weights_A, indices_B, weights_B = selection
+def _choose_selected(op: str, arguments: tuple, dropout_p: float, training: bool, backend: str) -> Choice:
+    x, base, indices_A, weights_A, indices_B, weights_B, vector_bank = arguments
     checks.check_tensors(x=x, base=base, weights_A=weights_A, weights_B=weights_B, vector_bank=vector_bank)
     checks.check_selected(x, indices_A, weights_A, "A")
     checks.check_selected(x, indices_B, weights_B, "B")

@@ -87,7 +87,8 @@ def vera_linear(
             one of x or dropout is in force beside it, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    chosen = _choose("vera_linear", x, base, lambda_b, lambda_d, A, B, dropout_p, training, backend, projected)
+    arguments = (x, base, lambda_b, lambda_d, A, B)
+    chosen = _choose("vera_linear", arguments, dropout_p, training, backend, projected)
     rest = chosen.dropout
     if chosen.backend == "triton":
         # The kernels take the projected input, which has the dropout in it, and both again for backward.
@@ -96,7 +97,7 @@ def vera_linear(
                 projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
         rest = (*projected, *rest)
     with no_autocast(x.device.type):
-        return chosen.run(x, base, lambda_b, lambda_d, A, B, *rest)
+        return chosen.run(*arguments, *rest)
 
 
 def vera_linear_(
@@ -120,7 +121,8 @@ def vera_linear_(
         ValueError: as `vblora_linear_`.
     """
     op = "vera_linear_" if checks.writes_in_place(x, base, "vera_linear") else "vera_linear"
-    chosen = _choose(op, x, base, lambda_b, lambda_d, A, B, dropout_p, training, backend, projected)
+    arguments = (x, base, lambda_b, lambda_d, A, B)
+    chosen = _choose(op, arguments, dropout_p, training, backend, projected)
     rest = chosen.dropout
     if chosen.backend == "triton":
         # The kernels take the projected input, which has the dropout in it, and both again for backward.
@@ -129,25 +131,16 @@ def vera_linear_(
                 projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
         rest = (*projected, *rest)
     with no_autocast(x.device.type):
-        return chosen.run(x, base, lambda_b, lambda_d, A, B, *rest)
+        return chosen.run(*arguments, *rest)
 
 
 def _choose(
-    op: str,
-    x: Tensor,
-    base: Tensor | None,
-    lambda_b: Tensor,
-    lambda_d: Tensor,
-    A: Tensor,
-    B: Tensor,
-    dropout_p: float,
-    training: bool,
-    backend: str,
-    projected: ProjectedInput | None,
+    op: str, arguments: tuple, dropout_p: float, training: bool, backend: str, projected: ProjectedInput | None
 ) -> Choice:
+    x, base, lambda_b, lambda_d, A, B = arguments
     checks.check_tensors(x=x, base=base, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
     checks.check_vera(x, base, lambda_b, lambda_d, A, B)
     p = checks.dropout_in_force(dropout_p, training)
     if projected is not None:
         checks.check_projected_input(x, A, *projected, p)
-    return choose(op, backend, vera_sizes(lambda_d.shape[0]), p, x, base, lambda_b, lambda_d, A, B)
+    return choose(op, backend, vera_sizes(lambda_d.shape[0]), p, *arguments)
