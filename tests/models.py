@@ -15,7 +15,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from vblora_triton import PeftConfig, PeftModel, get_peft_model
+from vblora_triton.vblora.layer import Linear
+
 VOCABULARY = 48
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:
@@ -75,6 +79,30 @@ def enlarge(model: nn.Module, seed: int = 0) -> nn.Module:
                 scale = 0.3 if "vector_bank" in name else 1.0 if "vera_lambda" in name else 2.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
+
+
+def adapted_by(
+    config_class: type[PeftConfig],
+    fields: dict,
+    base: nn.Module | None = None,
+    name: str = "default",
+    seed: int = 0,
+    **changes,
+) -> PeftModel:
+    """A model, a tiny Llama by default, with one adapter that changes its outputs, ready to be asked for them."""
+    config = config_class(**fields | changes)
+    return enlarge(get_peft_model(base or tiny_llama(), config, name), seed).eval()
+
+
+def adapted_linear(base: nn.Module | None = None, backend: str = "triton", **options) -> Linear:
+    """A linear layer of 32 inputs, by default, adapted by VB-LoRA with a bank of 6 vectors of 16."""
+    torch.manual_seed(0)
+    bank = nn.ParameterDict({"default": nn.Parameter(torch.randn(6, 16) * 0.02)})
+    base = nn.Linear(32, 48, bias=False) if base is None else base
+    layer = Linear(base, bank, "default", r=2, num_vectors=6, vector_length=16, init_logits_std=1.0, **options)
+    layer.backend = backend
+    bank.to(DEVICE)
+    return layer.to(DEVICE)
 
 
 def snapshot(model: nn.Module) -> dict:

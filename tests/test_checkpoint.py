@@ -2,22 +2,21 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.models import assert_unchanged, enlarge, outputs, snapshot, tiny_bert, tiny_gpt2, tiny_llama
+from tests.models import adapted_by, assert_unchanged, enlarge, outputs, snapshot, tiny_bert, tiny_gpt2, tiny_llama
 from vblora_triton import AdapterFileError, PeftModel, VBLoRAConfig, get_peft_model
 
 FIELDS = {"r": 3, "num_vectors": 10, "vector_length": 16, "topk": 3}
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapted(base=None, **changes) -> PeftModel:
-    config = VBLoRAConfig(**{"target_modules": ["q_proj", "v_proj"]} | FIELDS | changes)
-    return enlarge(get_peft_model(base or tiny_llama(), config)).eval()
+adapted = partial(adapted_by, VBLoRAConfig, {"target_modules": ["q_proj", "v_proj"]} | FIELDS)
 
 
 def size_on_disk(path) -> int:

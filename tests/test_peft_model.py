@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
 
 import vblora_triton
 from tests.models import (
+    adapted_by,
     assert_unchanged,
     enlarge,
     outputs,
@@ -27,8 +29,7 @@ def config(**changes) -> VBLoRAConfig:
     return VBLoRAConfig(**{"target_modules": TARGETS} | FIELDS | changes)
 
 
-def adapted(**changes) -> PeftModel:
-    return enlarge(get_peft_model(tiny_llama(), config(**changes))).eval()
+adapted = partial(adapted_by, VBLoRAConfig, {"target_modules": TARGETS} | FIELDS)
 
 
 def two_adapters() -> PeftModel:

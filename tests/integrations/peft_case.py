@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.models import some_ids, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.models import DEVICE, some_ids, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = ("vblora", "vera")
 # T5 without its ReLU: in 16 bits, which of its units are on is a matter of rounding.
 SMOOTH_T5 = partial(tiny_t5, feed_forward_proj="gated-gelu")

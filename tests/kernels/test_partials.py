@@ -2,9 +2,8 @@
 
 import torch
 
+from tests.models import DEVICE
 from vblora_triton.kernels.partials import launch_sum_partials
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_partials_are_added_in_order():

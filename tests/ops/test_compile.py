@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from tests.models import DEVICE
 from tests.ops.linear_case import LinearCase
 from tests.ops.vera_case import VeraCase
 from tests.tolerance import relative_error
 from vblora_triton import ops
 from vblora_triton.vblora.layer import Linear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["triton", "reference"]
 
 

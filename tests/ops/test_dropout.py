@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.models import DEVICE
 from tests.ops.linear_case import LinearCase, in_float64
 from tests.ops.vera_case import VeraCase, arguments
 from tests.tolerance import assert_as_exact_as_eager
 from vblora_triton import ops
 from vblora_triton.ops import reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One bank vector of ones and r = 1: A and B are all ones, so that y = the sum of the kept elements, scaled.
 ONES = {"logits_A": torch.zeros(1, 8, 1), "logits_B": torch.zeros(1, 1, 1), "vector_bank": torch.ones(1, 16)}
 

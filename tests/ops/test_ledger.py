@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from tests.models import DEVICE, adapted_linear
 from tests.ops.linear_case import LinearCase
 from vblora_triton import ops
 from vblora_triton.kernels.launch import counted, intercepted
-from vblora_triton.vblora.layer import Linear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORWARD = ["_select_kernel", "_shrink_fwd_kernel", "_expand_fwd_kernel"]
 BACKWARD = ["_expand_bwd_kernel", "_sum_partials_kernel", "_shrink_bwd_kernel", "_parameter_grads_kernel"]
 # The linear of the issue: Llama-2-7B's q at 4096 tokens, bf16 activations, fp32 parameters. Nothing is computed on it.
@@ -68,19 +67,9 @@ def test_backward_launches_only_what_is_needed(needed, expected):
     assert launches(lambda: y.backward(dy)) == expected
 
 
-def adapted(in_features=32, out_features=48, **options) -> Linear:
-    torch.manual_seed(0)
-    bank = torch.nn.ParameterDict({"default": torch.nn.Parameter(torch.randn(6, 16) * 0.02)})
-    base = torch.nn.Linear(in_features, out_features, bias=False)
-    layer = Linear(base, bank, "default", r=2, num_vectors=6, vector_length=16, init_logits_std=1.0, **options)
-    layer.backend = "triton"
-    bank.to(DEVICE)
-    return layer.to(DEVICE)
-
-
 @torch.no_grad()
 def test_evaluation_selects_once_until_the_frozen_logits_change():
-    layer, x = adapted().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
+    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
     logits = layer.vblora_logits_A["default"]
     select, products = FORWARD[:1], FORWARD[1:]
     assert launches(lambda: layer(x)) == select + products
@@ -110,7 +99,7 @@ def test_evaluation_selects_once_until_the_frozen_logits_change():
 
 def test_logits_that_are_trained_are_never_remembered():
     # A fused optimizer writes to them without counting a version.
-    layer, x = adapted().eval(), torch.randn(20, 32, device=DEVICE)
+    layer, x = adapted_linear().eval(), torch.randn(20, 32, device=DEVICE)
     optimizer = torch.optim.AdamW([p for n, p in layer.named_parameters() if "logits" in n], lr=1.0, fused=True)
     for _ in range(4):
         with torch.no_grad():
@@ -123,7 +112,7 @@ def test_logits_that_are_trained_are_never_remembered():
 
 @torch.no_grad()
 def test_nothing_is_remembered_of_tensors_that_come_and_go():
-    layer, x = adapted().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
+    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
     for _ in range(10):
         own = {n: torch.randn_like(p) for n, p in layer.named_parameters() if "logits" in n}
         bank = layer.vblora_vector_bank["default"]
@@ -135,7 +124,7 @@ def test_nothing_is_remembered_of_tensors_that_come_and_go():
 
 @torch.no_grad()
 def test_fake_tensors_leave_nothing_behind():
-    layer, x = adapted().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
+    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
     expected = layer(x)
     layer.eval()
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -144,7 +133,7 @@ def test_fake_tensors_leave_nothing_behind():
 
 
 def test_training_and_gradients_in_evaluation_never_use_a_remembered_selection():
-    layer, x = adapted(), torch.randn(20, 32, device=DEVICE)
+    layer, x = adapted_linear(), torch.randn(20, 32, device=DEVICE)
     for mode in (True, False):
         layer.train(mode)
         for _ in range(2):

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vblora_triton
+from tests.models import DEVICE
 from tests.ops.linear_case import LinearCase, in_float64
 from tests.tolerance import assert_as_exact_as_eager, relative_error
 from vblora_triton import ops
@@ -14,7 +15,6 @@ from vblora_triton.kernels.launch import counted
 from vblora_triton.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Every value of M 0, 1, 17, 130; r 1, 4, 5; h 3, 60, 256, 300; b 8, 48, 256; k 1, 2, 3, h; ranks of x from 1 to 4;
 # each layout; with and without base. The interpreter is slow: no more products of them than needed.

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from tests.models import DEVICE
 from tests.ops.linear_case import in_float64
 from tests.ops.vera_case import TRAINED, VeraCase, arguments
 from tests.tolerance import assert_as_exact_as_eager, relative_error
@@ -13,7 +14,6 @@ from vblora_triton.kernels.launch import counted, intercepted
 from vblora_triton.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # M below and above the 64 rows from which p is packed; r 1, 5, 20, 70, 260; sizes that divide nothing; each layout.
 CASES = [

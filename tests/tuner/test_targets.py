@@ -10,7 +10,7 @@ from vblora_triton import VBLoRAConfig, get_peft_model
 FIELDS = {"r": 2, "num_vectors": 6, "vector_length": 16}
 
 
-def adapted(model, **changes) -> list[str]:
+def targeted(model, **changes) -> list[str]:
     return get_peft_model(model, VBLoRAConfig(**FIELDS, **changes)).targeted_module_names
 
 
@@ -40,28 +40,28 @@ def adapted(model, **changes) -> list[str]:
 def test_names_match_whole_or_after_a_dot(changes, expected):
     if expected is None:
         with pytest.raises(ValueError, match="`target_modules`"):
-            adapted(tiny_llama(), **changes)
+            targeted(tiny_llama(), **changes)
     else:
-        assert adapted(tiny_llama(), **changes) == expected
+        assert targeted(tiny_llama(), **changes) == expected
 
 
 @pytest.mark.parametrize("word", ["all-linear", "ALL-linear"])
 @pytest.mark.parametrize(("make", "count", "head"), [(tiny_llama, 14, "lm_head"), (tiny_gpt2, 8, "lm_head")])
 def test_all_linear_is_everything_but_the_head(word, make, count, head):
-    names = adapted(make(), target_modules=word)
+    names = targeted(make(), target_modules=word)
     assert len(names) == count
     assert head not in names
 
 
 def test_all_linear_leaves_a_classifiers_head_without_being_told_the_task():
-    names = adapted(tiny_bert(), target_modules="all-linear")
+    names = targeted(tiny_bert(), target_modules="all-linear")
     assert "classifier" not in names
     assert "bert.pooler.dense" in names
 
 
 def test_an_unknown_architecture_needs_targets():
     with pytest.raises(ValueError, match="`target_modules` is None"):
-        adapted(nn.Sequential(nn.Linear(16, 16)))
+        targeted(nn.Sequential(nn.Linear(16, 16)))
 
 
 def test_a_plain_module_can_be_adapted():
@@ -76,7 +76,7 @@ def test_layers_are_counted_by_the_first_number_not_by_that_of_an_expert():
         return nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"w": nn.Linear(16, 16)}) for _ in "ab")})
 
     model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(layer() for _ in "ab")})})
-    names = adapted(model, target_modules=["w"], layers_to_transform=1)
+    names = targeted(model, target_modules=["w"], layers_to_transform=1)
     assert names == ["model.layers.1.experts.0.w", "model.layers.1.experts.1.w"]
 
 
@@ -95,12 +95,12 @@ def test_a_target_that_cannot_work_is_refused_by_name(name, error):
     model = WithAttention()
     before = snapshot(model)
     with pytest.raises(error, match=name):
-        adapted(model, target_modules=["fc", name])
+        targeted(model, target_modules=["fc", name])
     assert_unchanged(model, before)
 
 
 def test_all_linear_takes_only_layers_that_are_called():
-    assert adapted(WithAttention(), target_modules="all-linear") == ["fc"]
+    assert targeted(WithAttention(), target_modules="all-linear") == ["fc"]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.models import DEVICE, adapted_linear
 from vblora_triton import ops
 from vblora_triton.vblora.files import TopkLogits
 from vblora_triton.vblora.layer import Linear
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ExpLinear(nn.Linear):
@@ -18,16 +17,6 @@ class ExpLinear(nn.Linear):
 
     def forward(self, x):
         return super().forward(x).exp()
-
-
-def adapted(base: nn.Module, backend: str) -> tuple[Linear, torch.Tensor]:
-    """An adapted layer, and what its base layer returned, as it was and as it is after the update."""
-    torch.manual_seed(0)
-    bank = nn.ParameterDict({"default": nn.Parameter(torch.randn(6, 16))})
-    layer = Linear(base, bank, "default", r=2, num_vectors=6, vector_length=16, init_logits_std=1.0)
-    layer.backend = backend
-    bank.to(DEVICE)
-    return layer.to(DEVICE), torch.randn(5, 32, device=DEVICE, requires_grad=True)
 
 
 def truth(layer: Linear, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -44,7 +33,7 @@ def truth(layer: Linear, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("base", ["plain", "needs its output", "hook", "view", "replaced forward"])
 def test_base_layers_output_is_written_only_where_it_is_nobody_elses(base, backend):
     module = ExpLinear(32, 48) if base == "needs its output" else nn.Linear(32, 48, bias=False)
-    layer, x = adapted(module, backend)
+    layer, x = adapted_linear(module, backend), torch.randn(5, 32, device=DEVICE, requires_grad=True)
     kept = []
     if base == "hook":
         module.register_forward_hook(
@@ -74,7 +63,10 @@ def test_base_layers_output_is_written_only_where_it_is_nobody_elses(base, backe
 @pytest.mark.parametrize("form", ["training", "evaluation", "from a top-k file"])
 @pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
 def test_plain_linear_makes_no_second_output(backend, form, monkeypatch):
-    layer, x = adapted(nn.Linear(32, 48, bias=False), backend)
+    layer, x = (
+        adapted_linear(backend=backend),
+        torch.randn(5, 32, device=DEVICE, requires_grad=True),
+    )
     if form == "from a top-k file":
         logits = layer.vblora_logits_A["default"], layer.vblora_logits_B["default"]
         layer.vblora_topk["default"] = TopkLogits(*ops.select(*logits, 2))
@@ -95,7 +87,10 @@ def test_plain_linear_makes_no_second_output(backend, form, monkeypatch):
 
 
 def test_two_active_adapters_add_up_in_one_output():
-    layer, x = adapted(nn.Linear(32, 48, bias=False), "triton")
+    layer, x = (
+        adapted_linear(),
+        torch.randn(5, 32, device=DEVICE, requires_grad=True),
+    )
     layer.vblora_vector_bank["other"] = nn.Parameter(torch.randn(4, 8, device=DEVICE))
     layer.update_layer("other", layer.vblora_vector_bank, r=3, topk=2, num_vectors=4, vector_length=8)
     layer.set_adapter(["default", "other"])

@@ -4,12 +4,12 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, example, given, settings
 
+from tests.models import DEVICE
 from tests.ops.linear_case import LinearCase, in_float64
 from tests.tolerance import assert_as_exact_as_eager
 from vblora_triton import ops
 from vblora_triton.ops import reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter is slow the first time it sees a kernel; a hung test is CI's to stop.
 SETTINGS = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -3,12 +3,13 @@
 import json
 import os
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import assert_unchanged, enlarge, outputs, snapshot, tiny_gpt2, tiny_llama
+from tests.models import adapted_by, assert_unchanged, enlarge, outputs, snapshot, tiny_gpt2, tiny_llama
 from tests.test_checkpoint import size_on_disk
 from vblora_triton import AdapterFileError, AutoPeftModelForCausalLM, PeftModel, VeraConfig, get_peft_model
 from vblora_triton.vera.projection import draw_projections
@@ -20,9 +21,7 @@ A, B = "base_model.vera_A", "base_model.vera_B"
 FORMS = pytest.mark.parametrize("save_projection", [True, False], ids=["with", "without"])
 
 
-def adapted(base=None, name="default", **changes) -> PeftModel:
-    fields = {"r": 6, "projection_prng_key": 3, "target_modules": ["q_proj", "down_proj"]}
-    return enlarge(get_peft_model(base or tiny_llama(), VeraConfig(**fields | changes), name)).eval()
+adapted = partial(adapted_by, VeraConfig, {"r": 6, "projection_prng_key": 3, "target_modules": ["q_proj", "down_proj"]})
 
 
 def change_config(folder, **changes) -> None:

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.models import VOCABULARY, tiny_llama
+from tests.models import DEVICE, VOCABULARY, tiny_llama
 from vblora_triton import VeraConfig, get_peft_model
 from vblora_triton.kernels.launch import counted
 from vblora_triton.vera import input_cache
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # More than the rows up to which projections are not packed: the launch that packs one counts it.
 TOKENS = (2, 40)
 

@@ -1,13 +1,24 @@
 """VeRA on a whole model: what is made, counted, switched and refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from tests.models import VOCABULARY, assert_unchanged, enlarge, outputs, snapshot, tiny_bert, tiny_gpt2, tiny_llama
+from tests.models import (
+    VOCABULARY,
+    adapted_by,
+    assert_unchanged,
+    enlarge,
+    outputs,
+    snapshot,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
 from vblora_triton import VBLoRAConfig, VeraConfig, VeraModel, get_peft_model
 from vblora_triton.vera.layer import VeraLayer
 from vblora_triton.vera.projection import ProjectionDict
@@ -15,8 +26,7 @@ from vblora_triton.vera.projection import ProjectionDict
 FIELDS = {"r": 6, "target_modules": ["q_proj", "v_proj"]}
 
 
-def adapted(base=None, name="default", **changes):
-    return enlarge(get_peft_model(base or tiny_llama(), VeraConfig(**FIELDS | changes), name)).eval()
+adapted = partial(adapted_by, VeraConfig, FIELDS)
 
 
 @pytest.mark.filterwarnings("ignore:`save_projection` is False")

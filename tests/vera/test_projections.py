@@ -4,11 +4,12 @@ import copy
 import io
 import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
 
-from tests.models import enlarge, outputs, tiny_llama
+from tests.models import adapted_by, outputs, tiny_llama
 from vblora_triton import PeftModel, VeraConfig, get_peft_model
 from vblora_triton.vera.projection import ProjectionDict, draw_projections
 
@@ -17,8 +18,7 @@ SMALL = {"r": 6, "projection_prng_key": 1, "target_modules": ["k_proj"]}
 LARGE = {"r": 9, "projection_prng_key": 5, "target_modules": ["k_proj", "down_proj"]}
 
 
-def adapted(name: str = "default", seed: int = 0, **fields) -> PeftModel:
-    return enlarge(get_peft_model(tiny_llama(), VeraConfig(**SMALL | fields), name), seed).eval()
+adapted = partial(adapted_by, VeraConfig, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def shared(model: PeftModel, *names: str) -> bool:
 
 
 def test_equal_projections_are_one_tensor_through_moves_casts_copies_and_pickles(tmp_path):
-    model = adapted("a")
+    model = adapted(name="a")
     model.add_adapter("b", VeraConfig(**SMALL))
     model.add_adapter("other", VeraConfig(**SMALL | {"projection_prng_key": 2}))
     model.save_pretrained(tmp_path, selected_adapters=["a"])
@@ -127,7 +127,7 @@ def test_equal_projections_are_one_tensor_through_moves_casts_copies_and_pickles
 
 
 def test_loading_a_state_dict_gives_an_adapter_its_own_and_leaves_the_others():
-    model = adapted("a")
+    model = adapted(name="a")
     model.add_adapter("b", VeraConfig(**SMALL))
     state = {key: value.clone() for key, value in model.state_dict().items()}
     before = state["base_model.vera_A.a"].clone()
