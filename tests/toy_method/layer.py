@@ -32,8 +32,8 @@ class Linear(AdaptedLinear, ToyLayer):
         self.train(base_layer.training)
         self.update_layer(adapter_name, r, gain)
 
-    def _add_update(self, adapter, x, result):
-        return result + self.gain[adapter] * (x @ self.toy_A[adapter].T @ self.toy_B[adapter].T)
+    def _add_update(self, adapter, x, base):
+        return base + self.gain[adapter] * (x @ self.toy_A[adapter].T @ self.toy_B[adapter].T)
 
     def _delta(self, adapter):
         return self.gain[adapter] * (self.toy_B[adapter].float() @ self.toy_A[adapter].float())
