@@ -9,17 +9,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.integrations.peft_case import DEVICE, by_peft, logits, peft_layers
 from tests.models import tiny_llama
-from vblora_triton import patch_peft, unpatch_peft
+from vblora_triton import patch_peft
 
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    yield
-    unpatch_peft()
 
 
 def only_topk(model: nn.Module) -> dict[str, torch.Tensor]:
