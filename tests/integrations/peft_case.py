@@ -1,15 +1,20 @@
 """Models with adapters by PEFT: the same for both methods, and what they compute."""
 
 import copy
+import importlib.util
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.models import DEVICE, some_ids, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from vblora_triton.kernels.launch import counted
 
 METHODS = ("vblora", "vera")
+BOTH = pytest.mark.parametrize("method", METHODS)
+ALONE = pytest.mark.parametrize("alone", [False, True], ids=["all of PEFT", "one model"])
 # T5 without its ReLU: in 16 bits, which of its units are on is a matter of rounding.
 SMOOTH_T5 = partial(tiny_t5, feed_forward_proj="gated-gelu")
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": SMOOTH_T5, "bert": tiny_bert}
@@ -20,6 +25,17 @@ TARGETS = {
     "t5": ["EncDecAttention.q", "wi_0"],
     "bert": ["query", "output.dense"],
 }
+
+
+def peft_classes() -> list[Any]:
+    """The two classes that patch_peft changes; none where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        return []
+    return [importlib.import_module(f"peft.tuners.{method}.layer").Linear for method in METHODS]
+
+
+def forwards() -> list[Any]:
+    return [vars(cls)["forward"] for cls in peft_classes()]
 
 
 def peft_config(method: str, **changes: Any) -> Any:
@@ -93,6 +109,18 @@ def one_layer(method: str, dtype: torch.dtype = torch.float32, base: nn.Module |
     module = nn.Sequential(nn.Linear(96, 64, bias=False) if base is None else base).to(dtype)
     model = peft.get_peft_model(module, peft_config(method, target_modules=["0"], **changes))
     return draw(model).to(DEVICE).base_model.model[0]
+
+
+def inputs() -> Tensor:
+    """What that layer takes."""
+    return torch.randn(20, 96, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def runs_kernels(module: nn.Module) -> bool:
+    """Whether a call of a model, or of a layer as above, launches kernels of this package."""
+    with counted() as launches, torch.no_grad():
+        logits(module) if hasattr(module, "config") else module(inputs())
+    return bool(launches)
 
 
 def in_float64(model: nn.Module) -> nn.Module:

@@ -5,21 +5,15 @@ import gc
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import optimizer as torch_optimizer
 
 from tests.integrations.peft_case import DEVICE, by_peft, logits, peft_layers
 from tests.models import tiny_llama
-from vblora_triton import patch_peft, unpatch_peft
+from vblora_triton import patch_peft
 
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    yield
-    unpatch_peft()
 
 
 def only_topk(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -92,8 +86,20 @@ def test_steps_of_other_optimizers_go_on_when_the_trained_model_is_gone():
         logits(model)
         del model
         gc.collect()
-        later = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+        later = torch_optimizer.register_optimizer_step_post_hook(lambda *_: steps.append(1))
         torch.optim.SGD([other], lr=1.0).step()
         later.remove()
     assert steps == [1]
     assert torch.equal(other.detach(), torch.zeros(2))
+
+
+def test_leaving_the_last_context_leaves_nothing_in_torchs_optimizers():
+    def hooks() -> list[int]:
+        kinds = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+        return [len(kind) for kind in kinds]
+
+    before, model = hooks(), by_peft("vblora").train()
+    with patch_peft(), patch_peft(model):
+        logits(model)
+        assert hooks() == [count + 1 for count in before]
+    assert hooks() == before

@@ -1,22 +1,25 @@
-"""Trainings by transformers' Trainer and TRL's SFTTrainer go on as before when PEFT's layers run our ops."""
+"""Trainings go on as before when PEFT's layers run our ops: Trainer's, TRL's and a loop of one's own."""
+
+import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from tests.integrations.peft_case import METHODS, by_peft
-from tests.models import VOCABULARY
+from tests.integrations.peft_case import BOTH, by_peft, logits
+from tests.integrations.test_trainer import adapter_values, assert_same_values, losses, rows
 from vblora_triton import is_patched, patch_peft
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
-STEPS = 10
-TEXTS = ["a red fox", "a blue dog", "the red dog sat", "the fox ran", "a dog ran", "the blue fox sat"]
 OPTIONS = {
-    "max_steps": STEPS,
+    "max_steps": 10,
     "per_device_train_batch_size": 4,
     "learning_rate": 0.2,
     "lr_scheduler_type": "constant",
@@ -29,59 +32,49 @@ OPTIONS = {
 }
 
 
-def adapted(method: str) -> nn.Module:
-    return by_peft(method, task_type="CAUSAL_LM", **{f"{method}_dropout": 0.1})
+def with_transformers(model: nn.Module, folder: str) -> Trainer:
+    return Trainer(model=model, args=TrainingArguments(output_dir=folder, **OPTIONS), train_dataset=rows(first=3))
 
 
-def with_transformers(method: str, folder) -> Trainer:
-    ids = torch.randint(3, 9, (16, 6), generator=torch.Generator().manual_seed(5))
-    data = [{"input_ids": row, "labels": row.clone()} for row in ids]
-    return Trainer(model=adapted(method), args=TrainingArguments(output_dir=str(folder), **OPTIONS), train_dataset=data)
-
-
-def tokenizer():
-    """One token for each word, made in memory."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", "<unk>", *sorted({word for text in TEXTS for word in text.split()})]
-    assert len(words) < VOCABULARY
-    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=16
-    )
-
-
-def with_trl(method: str, folder):
+def with_trl(model: nn.Module, folder: str) -> Trainer:
     trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    return trl.SFTTrainer(
-        model=adapted(method),
-        # In float32: under autocast PEFT rounds the adapters' products to 16 bits, and we do not.
-        args=trl.SFTConfig(output_dir=str(folder), max_length=16, bf16=False, **OPTIONS),
-        train_dataset=datasets.Dataset.from_dict({"text": TEXTS * 4}),
-        processing_class=tokenizer(),
-    )
+    data = pytest.importorskip("datasets").Dataset.from_list(rows(first=3))
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    # In float32: under autocast PEFT rounds the adapters' products to 16 bits, and we do not.
+    args = trl.SFTConfig(output_dir=folder, max_length=16, bf16=False, **OPTIONS)
+    return trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
 
 
-def train(make, method: str, folder) -> tuple[list[float], dict[str, torch.Tensor]]:
-    run = make(method, folder)
-    run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    return losses, {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("method", METHODS)
+@BOTH
 @pytest.mark.parametrize("make", [with_transformers, with_trl])
 def test_ten_steps_have_the_losses_of_peft(make, method, tmp_path):
-    expected, parameters = train(make, method, tmp_path / "peft")
-    with patch_peft():
-        assert is_patched(make(method, tmp_path / "unused").model)
-        losses, own = train(make, method, tmp_path / "patched")
-    assert len(losses) == STEPS
-    assert losses == pytest.approx(expected, rel=0, abs=1e-5)
-    assert losses[-1] < losses[0] - 0.1
-    assert own.keys() == parameters.keys()
-    for name in own:
-        torch.testing.assert_close(own[name], parameters[name], rtol=1e-3, atol=1e-3)
+    runs = []
+    for patched in (False, True):
+        run = make(by_peft(method, task_type="CAUSAL_LM", **{f"{method}_dropout": 0.1}), str(tmp_path))
+        with patch_peft() if patched else nullcontext():
+            assert is_patched(run.model) == patched
+            run.train()
+        runs.append(run)
+    expected, own = map(losses, runs)
+    assert len(own) == OPTIONS["max_steps"]
+    assert own == pytest.approx(expected, rel=0, abs=1e-5)
+    assert own[-1] < own[0] - 0.1
+    assert_same_values(*(adapter_values(run.model) for run in runs), rtol=1e-3, atol=1e-3)
+
+
+def test_a_training_loop_patched_midway_goes_on_as_before():
+    model, found = by_peft("vblora").train(), []
+    for patched in (False, True):
+        copied = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=0.02)
+        for step in range(6):
+            if patched and step == 3:
+                patch_peft(backend="reference")
+                assert is_patched(copied)
+            loss = logits(copied).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+    assert found[6:] == pytest.approx(found[:6], rel=1e-5)

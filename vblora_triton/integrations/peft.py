@@ -1,32 +1,59 @@
-"""PEFT's own VB-LoRA and VeRA layers, computed by `vblora_triton.ops`: one call in, one call back."""
+"""PEFT's own VB-LoRA and VeRA layers, computed by `vblora_triton.ops`: one call in, one call back.
+
+Our functions look at each call which patch is in force: the newest of the layer alone, else the newest of all of PEFT,
+else none, and PEFT's own `forward` runs. So whoever keeps one of them, as hooks and wrappers do, may go on calling it.
+"""
 
 from __future__ import annotations
 
 import functools
 import gc
+import hashlib
+import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from types import MethodType
+from importlib import import_module
+from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from vblora_triton.integrations.peft_layers import LayerKind, layer_kinds, topk_refusal
+from vblora_triton import ops
 from vblora_triton.ops.dispatch import check_backend
+from vblora_triton.ops.modes import TensorState, is_plain
+from vblora_triton.tuner.linear import may_write
 
-# What takes the place of a layer's `forward`: for a class, or for single layers, so that taking back the one leaves
-# the other. The keys are (class, what for, backend); the same arguments give the same function.
-_CLASS, _LAYER = "class", "layer"
-_made: dict[tuple[type, str, str], Callable[..., Any]] = {}
-_originals: dict[type, Callable[..., Any]] = {}
-# The patches that are not taken back yet, oldest first: for each call of patch_peft the function that it asked for.
-# The last one is run, in whichever order the calls are taken back. There is an entry only while it holds one.
-_class_patches: dict[type, dict[object, Callable[..., Any]]] = {}
-_layer_patches: WeakKeyDictionary[nn.Module, dict[object, Callable[..., Any]]] = WeakKeyDictionary()
-# Layers given back below a wrapper of somebody's, which still calls our function.
-_given_back: WeakSet[nn.Module] = WeakSet()
+# The sources that the functions below stand for, by `_digest`: those of these versions of peft, all that are between.
+KNOWN_PEFT = "0.19.0 to 0.21.2"
+_VBLORA_DIGESTS = {
+    "forward": {"4ed474b9506b4ae1"},
+    "_get_lora_matrices": {"357510e3043b7675"},
+    "_get_low_rank_matrix": {"bd50355dd0fee2a9"},
+}
+# The first is 0.19's, which does not round to the dtype of the base layer's result before that of x.
+_VERA_DIGESTS = {"forward": {"5218c0e031287eda", "96967b7f1e065ce3"}}
+
+
+class _Patch:
+    """What one call of patch_peft asked for."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
+# The patches of all of PEFT that are not taken back yet, oldest first.
+_of_all: list[_Patch] = []
+# Each function of ours that somebody still holds, with the patches that it looks at, of which the last one counts.
+# A class has one function for good. A layer that is patched alone has one of its own, which its copies share.
+_functions: WeakKeyDictionary[Callable[..., Any], list[_Patch]] = WeakKeyDictionary()
+_of_class: dict[Any, Any] = {}
+_of_layer: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
@@ -46,12 +73,11 @@ def patch_peft(model: nn.Module | None = None, *, backend: str = "auto") -> Abst
     leaves its graph for that look, as it does for PEFT's.
 
     Two things differ. Where logits tie, as they often do in bfloat16, the first of them are the top k; PEFT may take
-    others. And gradients of gradients (`create_graph=True`) need backend="reference"; the others refuse with an
-    error.
+    others. And gradients of gradients (`create_graph=True`) need backend="reference"; the others raise an error.
 
     Args:
-        model: whose layers to patch; layers that are added to it later are not. None for all layers, built already or
-            still to come, also those that carry hooks of accelerate.
+        model: whose layers to patch; layers that are added to it later are not, copies that are made of it are. None
+            for all layers, built already or still to come, also those that carry hooks of accelerate.
         backend: "auto", "triton" or "reference"; see `use_backend`.
     Returns:
         A context manager.
@@ -62,23 +88,19 @@ def patch_peft(model: nn.Module | None = None, *, backend: str = "auto") -> Abst
         ValueError: `model` has no VB-LoRA and no VeRA layer of PEFT, or the backend is unknown.
     """
     check_backend(backend)
-    kinds = layer_kinds()
-    token, undo = object(), ExitStack()
+    kinds = _layer_kinds()
+    patch, undo = _Patch(backend), ExitStack()
     with _lock:
         if model is None:
             for kind in kinds:
-                kind.check(_original(kind))
+                kind.check()
             for kind in kinds:
-                _originals[kind.cls] = _original(kind)
-                _class_patches.setdefault(kind.cls, {})[token] = _function(kind, _CLASS, backend)
-            _replace_in_classes({kind.cls: _class_patches[kind.cls][token] for kind in kinds})
-            undo.callback(_leave_classes, token)
-            return undo
-        layers = _checked_layers(model, kinds)
-        for layer, kind in layers:
-            _originals[kind.cls] = _original(kind)
-            _patch_layer(layer, _function(kind, _LAYER, backend), token)
-    undo.callback(_leave_layers, [layer for layer, _ in layers], token)
+                _patch_class(kind)
+            _of_all.append(patch)
+        else:
+            for layer, kind in _checked_layers(model, kinds):
+                _patch_layer(layer, kind, patch)
+    undo.callback(_leave, patch)
     return undo
 
 
@@ -91,24 +113,16 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         TypeError: `model` is no module.
         ValueError: `model` is given, but PEFT is patched as a whole; call `unpatch_peft()`.
     """
-    if model is None:
-        with _lock:
-            _class_patches.clear()
-            _settle_classes(_originals)
-            layers = {*_layer_patches, *(layer for layer, _ in _holders(*_made.values()))}
-            _layer_patches.clear()
-            for layer in layers:
-                _settle(layer)
-        topk_refusal.forget()
-        return
-    _check_module(model)
-    if is_patched():
+    layers = [] if model is None else _modules(model)
+    if model is not None and is_patched():
         raise ValueError("`model` cannot be given back alone: patch_peft() patched all of PEFT; call unpatch_peft().")
     with _lock:
-        for layer in model.modules():
-            if _layer_patches.pop(layer, None) or _runs_ours(layer):
-                _settle(layer)
-                topk_refusal.forget(layer)
+        for layer in layers:
+            _give_back(layer)
+        if model is None:
+            for patches in _functions.values():
+                patches.clear()
+        _tidy()
 
 
 def is_patched(model: nn.Module | None = None) -> bool:
@@ -120,80 +134,124 @@ def is_patched(model: nn.Module | None = None) -> bool:
         TypeError: `model` is no module.
     """
     if model is None:
-        classes = [cls for cls, scope, _ in _made if scope == _CLASS]
-        return bool(classes) and all(cls in _class_patches and _is_ours(vars(cls)["forward"]) for cls in classes)
-    _check_module(model)
+        return bool(_of_all) and all(vars(cls)["forward"] is function for cls, function in _of_class.items())
     # What was never patched need not be imported to be told apart.
-    if not _originals:
-        return False
-    layers = [layer for layer, _ in _peft_layers(model, layer_kinds())]
-    return bool(layers) and all(map(_runs_ours, layers))
+    layers = _peft_layers(model, _layer_kinds() if _functions else [])
+    return bool(layers) and all(kind.composes_for(type(layer)) and _runs_ours(layer) for layer, kind in layers)
 
 
-def _original(kind: LayerKind) -> Callable[..., Any]:
-    """PEFT's own `forward`, also while the class has ours."""
-    current = vars(kind.cls)["forward"]
-    return _originals[kind.cls] if _is_ours(current) else current
+def _function(kind: _LayerKind, patches: list[_Patch], original: Callable[..., Any] | None = None) -> Any:
+    """Return what takes the place of `forward`, which without a patch runs the original, or what the class does."""
 
+    @functools.wraps(kind.forward)
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A copy of the last one: another thread may be about to take it back.
+        for patch in patches[-1:]:
+            if kind.composes_for(type(self)):
+                return _forward(kind, self, x, args, kwargs, patch.backend)
+        return (original or type(self).forward)(self, x, *args, **kwargs)
 
-def _function(kind: LayerKind, scope: str, backend: str) -> Callable[..., Any]:
-    key = (kind.cls, scope, backend)
-    if key not in _made:
-        original = _originals[kind.cls]
-        ours = kind.make_forward(kind.cls, original, backend)
-        _made[key] = (_while_class_is_patched if scope == _CLASS else _while_layer_is_patched)(kind.cls, ours, original)
-    return _made[key]
-
-
-# Somebody's wrapper may call our functions when they are taken back long since: they are PEFT's then.
-def _while_class_is_patched(cls: type, ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (ours if cls in _class_patches else original)(self, *args, **kwargs)
-
+    _functions[forward] = patches
     return forward
 
 
-def _while_layer_is_patched(cls: type, ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (type(self).forward if self in _given_back else ours)(self, *args, **kwargs)
-
-    return forward
+def _patches(function: Any) -> list[_Patch] | None:
+    """The patches that a function of ours looks at; None for any other."""
+    return _functions.get(function) if isinstance(function, FunctionType) else None
 
 
-def _is_ours(function: Any) -> bool:
-    return any(function is made for made in _made.values())
+def _place(layer: nn.Module) -> str:
+    """Where a layer keeps what computes it: below the hooks of accelerate if it carries some."""
+    return "_old_forward" if "_old_forward" in vars(layer) else "forward"
 
 
-def _check_module(model: Any) -> None:
+def _forward_of(layer: nn.Module) -> Any:
+    own = vars(layer).get(_place(layer))
+    return type(layer).forward if own is None else getattr(own, "__func__", own)
+
+
+def _runs_ours(layer: nn.Module) -> bool:
+    patches = _patches(_forward_of(layer))
+    return patches is not None and bool(patches or _patches(type(layer).forward))
+
+
+def _patch_class(kind: _LayerKind) -> None:
+    function = _of_class.setdefault(kind.cls, _function(kind, _of_all, kind.forward))
+    if kind.cls.forward is not function:
+        kind.cls.forward = function
+        # Hooks of accelerate keep the method that they found, and leave it on the layer when they are removed.
+        for method in gc.get_referrers(kind.forward):
+            layer = getattr(method, "__self__", None)
+            if isinstance(layer, nn.Module) and vars(layer).get(_place(layer)) is method:
+                vars(layer)[_place(layer)] = MethodType(function, layer)
+
+
+def _patch_layer(layer: nn.Module, kind: _LayerKind, patch: _Patch) -> None:
+    earlier = _patches(_forward_of(layer))
+    function = _function(kind, [patch] if earlier is None or earlier is _of_all else [*earlier, patch])
+    vars(layer)[_place(layer)] = MethodType(function, layer)
+    _of_layer[layer] = function
+
+
+def _leave(patch: _Patch) -> None:
+    with _lock:
+        for patches in _functions.values():
+            if patch in patches:
+                patches.remove(patch)
+        _tidy()
+
+
+def _give_back(layer: nn.Module) -> None:
+    """Let a layer run what its class does, whatever was asked for it alone."""
+    place, function = _place(layer), _of_layer.pop(layer, None)
+    if _patches(_forward_of(layer)) is not None:
+        vars(layer).pop(place, None)
+        if place == "_old_forward":
+            vars(layer)[place] = MethodType(type(layer).forward, layer)
+    if function is not None and _forward_of(layer) is not type(layer).forward:
+        # It is below a wrapper of somebody's. Else it is left as it is, for the copies of this layer.
+        _functions[function].clear()
+
+
+def _tidy() -> None:
+    """Leave nothing behind that is not in use."""
+    for layer, function in list(_of_layer.items()):
+        if not _functions[function]:
+            _give_back(layer)
+    if not _of_all:
+        for cls, function in _of_class.items():
+            if vars(cls)["forward"] is function:
+                cls.forward = function.__wrapped__
+    if not any(_functions.values()):
+        _looked_at.clear()
+        while _hooks:
+            _hooks.pop().remove()
+
+
+def _modules(model: Any) -> list[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a torch module, or nothing for all of PEFT.")
+    return list(model.modules())
 
 
-def _peft_layers(model: nn.Module, kinds: list[LayerKind]) -> Iterator[tuple[nn.Module, LayerKind | None]]:
-    """The layers of both methods in the model; None with those of a class that only PEFT knows how to compute."""
-    for module in model.modules():
-        for kind in kinds:
-            if isinstance(module, kind.base):
-                yield module, kind if kind.computes_like(type(module)) else None
+def _peft_layers(model: nn.Module, kinds: list[_LayerKind]) -> list[tuple[nn.Module, _LayerKind]]:
+    return [(module, kind) for module in _modules(model) for kind in kinds if isinstance(module, kind.base)]
 
 
-def _checked_layers(model: nn.Module, kinds: list[LayerKind]) -> list[tuple[nn.Module, LayerKind]]:
-    _check_module(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    found = []
-    for layer, kind in _peft_layers(model, kinds):
+def _checked_layers(model: nn.Module, kinds: list[_LayerKind]) -> list[tuple[nn.Module, _LayerKind]]:
+    found = _peft_layers(model, kinds)
+    for layer, kind in found:
         cls, function = type(layer), _forward_of(layer)
-        if kind is None or not (function is _original(kind) or _is_ours(function)):
-            what = "" if kind is None else ", whose `forward` somebody replaced"
+        known = kind.composes_for(cls) and cls.forward is kind.cls.forward
+        if not known or (function is not kind.forward and _patches(function) is None):
+            name = next(name for name, module in model.named_modules() if module is layer)
+            what = ", whose `forward` somebody replaced" if known else ""
             raise TypeError(
-                f"{names[id(layer)] or 'the model'} is a {cls.__module__}.{cls.__qualname__}{what}, which patch_peft "
+                f"{name or 'the model'} is a {cls.__module__}.{cls.__qualname__}{what}, which patch_peft "
                 "does not know how to compute; nothing was changed. Leave this model as it is, or call patch_peft(), "
                 "which leaves such layers to PEFT."
             )
-        kind.check(_original(kind))
-        found.append((layer, kind))
+        kind.check()
     if not found:
         raise ValueError(
             f"`model`, a {type(model).__name__}, has no VB-LoRA and no VeRA layer of PEFT; add the adapter first, "
@@ -202,94 +260,136 @@ def _checked_layers(model: nn.Module, kinds: list[LayerKind]) -> list[tuple[nn.M
     return found
 
 
-def _forward_of(layer: nn.Module) -> Any:
-    """The function that computes the layer, below the hooks of accelerate if it carries some."""
-    own = vars(layer).get("_old_forward", vars(layer).get("forward"))
-    return type(layer).forward if own is None else getattr(own, "__func__", own)
+class _LayerKind:
+    """One of PEFT's layers: its class, the class that all layers of its method share, and how to compute it."""
+
+    def __init__(self, cls: Any, base: type, adapters: str, digests: dict[str, set[str]], add_update: Any) -> None:
+        self.cls, self.base, self.adapters, self.add_update = cls, base, adapters, add_update
+        self.digests = digests
+        current = vars(cls)["forward"]
+        # PEFT's own, also while the class has ours.
+        self.forward = current if _patches(current) is None else current.__wrapped__
+        self.parts = {name: vars(cls).get(name) for name in digests if name != "forward"}
+
+    def composes_for(self, cls: type) -> bool:
+        """Say whether a subclass inherits what composes the update; somebody's own kind of layer may not."""
+        return all(getattr(cls, name, None) is part for name, part in self.parts.items())
+
+    def check(self) -> None:
+        """Refuse with a TypeError unless PEFT computes this layer in a way that is known here."""
+        for name, function in {"forward": self.forward, **self.parts}.items():
+            if _digest(function) not in self.digests[name]:
+                raise TypeError(
+                    f"{self.cls.__module__}.{self.cls.__qualname__}.{name} of peft {import_module('peft').__version__} "
+                    f"is not one that patch_peft knows, those of peft {KNOWN_PEFT}; somebody replaced it, or the "
+                    "version is another. Nothing was changed: use one of these versions, or PEFT's layers as they are."
+                )
 
 
-def _runs_ours(layer: nn.Module) -> bool:
-    function = _forward_of(layer)
-    for (cls, scope, _), made in _made.items():
-        if function is made:
-            return cls in _class_patches if scope == _CLASS else layer not in _given_back
-    return False
+def _layer_kinds() -> list[_LayerKind]:
+    try:
+        vblora, vera = (import_module(f"peft.tuners.{method}.layer") for method in ("vblora", "vera"))
+    except ImportError as error:
+        raise ImportError("patch_peft() needs peft >= 0.19: pip install 'vblora-triton[peft]'.") from error
+    return [
+        _LayerKind(vblora.Linear, vblora.VBLoRALayer, "vblora_logits_A", _VBLORA_DIGESTS, _add_vblora),
+        _LayerKind(vera.Linear, vera.VeraLayer, "vera_lambda_d", _VERA_DIGESTS, _add_vera),
+    ]
 
 
-def _leave_classes(token: object) -> None:
-    with _lock:
-        left = [cls for cls, patches in _class_patches.items() if patches.pop(token, None)]
-        for cls in left:
-            if not _class_patches[cls]:
-                del _class_patches[cls]
-        _settle_classes(left)
+def _digest(function: Any) -> str | None:
+    """A hash of a function's source without blanks and comments, the same for every version of Python."""
+    try:
+        # Of the function itself: what somebody put around it by functools.wraps shows the source of what it wraps.
+        lines = inspect.getsource(getattr(function, "__code__", function)).splitlines()
+    except (OSError, TypeError):
+        return None
+    code = "".join("".join(line.split()) for line in lines if not line.lstrip().startswith("#"))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def _leave_layers(layers: list[nn.Module], token: object) -> None:
-    with _lock:
-        for layer in layers:
-            patches = _layer_patches.get(layer, {})
-            if patches.pop(token, None):
-                if not patches:
-                    del _layer_patches[layer]
-                _settle(layer)
+def _forward(kind: _LayerKind, layer: Any, x: Tensor, args: Any, kwargs: Any, backend: str) -> Tensor:
+    """What PEFT's two layers do around the updates of their adapters."""
+    merged = layer.merged
+    if layer.disable_adapters and merged:
+        layer.unmerge()
+    result = layer.base_layer(x, *args, **kwargs)
+    if not layer.disable_adapters and not merged:
+        # What a layer of bitsandbytes returns must not be written to; since 0.20 VeRA's layer knows.
+        quantization = getattr(layer, "quantization_backend", None)
+        if quantization is not None:
+            result = quantization.maybe_clone_base_result(result)
+        for adapter in layer.active_adapters:
+            if adapter in getattr(layer, kind.adapters):
+                result = kind.add_update(layer, adapter, x, result, backend)
+    return result.to(x.dtype)
 
 
-def _settle_classes(classes: Iterable[type]) -> None:
-    """Let the classes that run ours run the newest patch that is left, or PEFT's own."""
-    _replace_in_classes(
-        {
-            cls: [_originals[cls], *_class_patches.get(cls, {}).values()][-1]
-            for cls in classes
-            if _is_ours(vars(cls)["forward"])
-        }
-    )
+def _add_vblora(layer: Any, adapter: str, x: Tensor, result: Tensor, backend: str) -> Tensor:
+    logits_A, logits_B = layer.vblora_logits_A[adapter], layer.vblora_logits_B[adapter]
+    if layer.training:
+        _refuse_topk(layer, adapter)
+    # Of a model that is spread over devices, the one bank is elsewhere for some layers.
+    bank = layer.vblora_vector_bank[adapter].to(logits_A.device)
+    x, dropout = _dropped(layer.vblora_dropout[adapter], x)
+    op = ops.vblora_linear_ if may_write(layer.base_layer, result) else ops.vblora_linear
+    return op(x, result, logits_A, logits_B, bank, layer.topk[adapter], backend=backend, **dropout)
 
 
-def _replace_in_classes(functions: dict[Any, Callable[..., Any]]) -> None:
-    """Let each class run its function, also those of its layers that keep the present one as a method of their own."""
-    replaced = {}
-    for cls, function in functions.items():
-        if vars(cls)["forward"] is not function:
-            replaced[vars(cls)["forward"]] = function
-            cls.forward = function
-    # Hooks of accelerate keep the method that they found, and leave it on the layer when they are removed.
-    for layer, current in _holders(*replaced):
-        for name in ("_old_forward", "forward"):
-            if getattr(vars(layer).get(name), "__func__", None) is current:
-                vars(layer)[name] = MethodType(replaced[current], layer)
+def _add_vera(layer: Any, adapter: str, x: Tensor, result: Tensor, backend: str) -> Tensor:
+    lambda_b, lambda_d = layer.vera_lambda_b[adapter], layer.vera_lambda_d[adapter]
+    A, B = layer.vera_A[adapter], layer.vera_B[adapter]
+    if A.device != x.device or B.device != x.device:
+        A, B = A[:, : layer.in_features].to(x.device), B[: layer.out_features].to(x.device)
+    if lambda_d.shape[0] != A.shape[0]:
+        # A second adapter of rank 1 takes the first one's projections in PEFT, and is spread over their ranks.
+        lambda_d = lambda_d.expand(A.shape[0])
+    x, dropout = _dropped(layer.vera_dropout[adapter], x)
+    op = ops.vera_linear_ if may_write(layer.base_layer, result) else ops.vera_linear
+    return op(x, result, lambda_b, lambda_d, A, B, backend=backend, **dropout)
 
 
-def _holders(*functions: Callable[..., Any]) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """Every living layer that keeps one of the functions as a method of its own, with that function."""
-    if not functions:
-        return []
-    methods = [m for m in gc.get_referrers(*functions) if isinstance(m, MethodType) and m.__func__ in functions]
-    return [(method.__self__, method.__func__) for method in methods if isinstance(method.__self__, nn.Module)]
+def _dropped(dropout: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The input and the options of an op: the op drops what torch's own layer would, any other layer does it itself."""
+    if type(dropout) is nn.Dropout:
+        return x, {"dropout_p": dropout.p, "training": dropout.training}
+    return dropout(x), {}
 
 
-def _patch_layer(layer: nn.Module, function: Callable[..., Any], token: object) -> None:
-    """Let one layer run `function`, below its hooks."""
-    current, patches = _forward_of(layer), _layer_patches.setdefault(layer, {})
-    if not patches and _runs_ours(layer) and current is not type(layer).forward:
-        # A copy of a patched layer, which no call of patch_peft knows.
-        patches[object()] = current
-    patches[token] = function
-    _given_back.discard(layer)
-    if current is not function:
-        vars(layer)["_old_forward" if "_old_forward" in vars(layer) else "forward"] = MethodType(function, layer)
+# PEFT refuses to train an adapter that was loaded from a file with top-k weights only: such logits are infinite. A look
+# makes the host wait for the GPU, so there is one for each parameter, and another when its memory or its version is
+# another, unless an optimizer of torch has just stepped it. These are the parameters, as they were when looked at.
+_looked_at = WeakTensorKeyDictionary()
+_hooks: list[Any] = []
 
 
-def _settle(layer: nn.Module) -> None:
-    """Let one layer run the newest of its patches that is left, or what its class does; a wrapper over it stays."""
-    own, patches = vars(layer), _layer_patches.get(layer)
-    function = list(patches.values())[-1] if patches else None
-    for name in ("_old_forward", "forward"):
-        if not _is_ours(getattr(own.get(name), "__func__", None)):
-            continue
-        if function is not None or name == "_old_forward":
-            own[name] = MethodType(function or type(layer).forward, layer)
-        else:
-            del own[name]
-    if function is None and _forward_of(layer) is not type(layer).forward:
-        _given_back.add(layer)
+# Values cannot be looked at in a graph: torch.compile leaves it here, as it does in PEFT's own layer.
+@torch.compiler.disable
+def _refuse_topk(layer: Any, adapter: str) -> None:
+    """Let PEFT look at an adapter's logits if they may have changed."""
+    logits = layer.vblora_logits_A[adapter]
+    known = is_plain(logits) and not logits.is_inference()
+    if known and logits in _looked_at and _looked_at[logits].holds(logits):
+        return
+    with torch.no_grad():
+        layer._get_lora_matrices(adapter)
+    if known:
+        _looked_at[logits] = TensorState.of(logits)
+        if not _hooks:
+            _hooks[:] = register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # What was written to since the look is looked at after the step, not taken for the optimizer's own.
+    for parameter in _looked_at_of(optimizer):
+        if not _looked_at[parameter].holds(parameter):
+            del _looked_at[parameter]
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for parameter in _looked_at_of(optimizer):
+        _looked_at[parameter] = TensorState.of(parameter)
+
+
+def _looked_at_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p in _looked_at]
