@@ -167,7 +167,8 @@ def _check_backend(backend: str, method: Method, config: Any, device: torch.devi
     adapted = get_peft_model(model, config)
     with as_input_error("--"), torch.no_grad(), use_backend(backend), backends_that_run() as ran:
         adapted(torch.ones(1, 16, device=device, dtype=dtype))
-    return ran.pop()
+    # A method may be plain PyTorch that calls none of our ops.
+    return ran.pop() if ran else "reference"
 
 
 def _check_dtype(options: Options, device: torch.device) -> torch.dtype:

@@ -128,7 +128,7 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
             f"Training diverged: the held-out loss went from {before:.4f} to {after}. Nothing was written; lower "
             f"{rates}."
         )
-    backend = " and ".join(sorted(ran))
+    backend = " and ".join(sorted(ran)) or plan.backend
     return Adapted(adapted, base_bytes, before, after, losses, seconds, backend, _step_times(plan, adapted))
 
 
