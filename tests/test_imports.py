@@ -1,6 +1,7 @@
 """Imports go one way, those inside functions too; the package is light to import, and `kernels` stays a folder."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -84,6 +85,9 @@ def imported(source: str, text: str) -> set[str]:
             modules |= {name if file_of(name) else base for name in inner}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             modules |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"vblora_triton(\.\w+)+:\w+", str(node.value)):
+            # As pkgutil.resolve_name takes it.
+            modules.add(node.value.partition(":")[0])
     found = {file_of(name) or name.partition(".")[0] for name in modules}
     return found - sys.stdlib_module_names
 
@@ -148,6 +152,7 @@ def test_what_the_package_imports_when_asked_is_what_it_declares(graph):
         ("vblora_triton/card.py", "def f():\n    from vblora_triton import cli", {"vblora_triton/cli.py"}),
         ("vblora_triton/card.py", "from vblora_triton import PeftModel", {"vblora_triton/__init__.py"}),
         ("vblora_triton/card.py", "import_module('vblora_triton.cli')", {"vblora_triton/cli.py"}),
+        ("vblora_triton/card.py", "resolve_name('vblora_triton.cli:main')", {"vblora_triton/cli.py"}),
         ("vblora_triton/card.py", "if x:\n    import tests.models, os, torch.nn", {"tests", "torch"}),
     ],
 )

@@ -22,7 +22,7 @@ OFFLINE = re.compile(
     r"OfflineModeIsEnabled|LocalEntryNotFound|ConnectionError|ConnectError|couldn't connect to|outgoing traffic"
     r"|offline mode|Cannot find the requested files in the|not the path to a directory containing a file"
 )
-OPS = {"vblora": ("vblora_linear", "vblora_linear_"), "vera": ("vera_linear", "vera_linear_")}
+OPS = {"vblora": "vblora_linear", "vera": "vera_linear"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,9 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--patched"):
         from vblora_triton import ops, patch_peft
 
-        for method, names in OPS.items():
-            for name in names:
-                setattr(ops, name, _counting(getattr(ops, name), method, calls))
+        for method, name in OPS.items():
+            setattr(ops, name, _counting(getattr(ops, name), method, calls))
         patch_peft(backend="reference")
     config.pluginmanager.register(Recorder(config.getoption("--record"), calls))
 

@@ -13,7 +13,8 @@ def run_vera(M: int, K: int, N: int, r: int, dtype: torch.dtype) -> None:
     for p in (0.0, 0.5):
         y = ops.vera_linear(x, base, lambda_b, lambda_d, A, B, dropout_p=p, training=True, backend="triton")
         y.backward(torch.randn_like(y))
-    ops.vera_linear_(x, base * 1, lambda_b, lambda_d, A, B, backend="triton").sum().backward()
+    frozen = ops.FrozenLinear(torch.randn(N, K, device="cuda", dtype=dtype), torch.randn(N, device="cuda", dtype=dtype))
+    ops.vera_linear(x, frozen, lambda_b, lambda_d, A, B, backend="triton").sum().backward()
 
 
 def main() -> None:
@@ -34,7 +35,8 @@ def main() -> None:
                     x, base, logits_A, logits_B, bank, k, dropout_p=p, training=True, backend="triton"
                 )
                 y.backward(torch.randn_like(y))
-            ops.vblora_linear_(x, base * 1, logits_A, logits_B, bank, k, backend="triton").sum().backward()
+            frozen = ops.FrozenLinear(torch.randn(N, K, device="cuda", dtype=dtype))
+            ops.vblora_linear(x, frozen, logits_A, logits_B, bank, k, backend="triton").sum().backward()
             selection = ops.select(logits_A, logits_B, k, backend="triton")
             ops.vblora_linear_selected(x, base, *selection, bank, backend="triton").sum().backward()
             ops.compose(logits_A, bank, k, backend="triton").sum().backward()

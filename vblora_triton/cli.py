@@ -137,7 +137,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "choices": ["auto", "triton", "cpu", "reference"],
             "default": "auto",
             "help": "triton: the fused kernels, on a GPU; cpu: PyTorch with gradients written out; reference: PyTorch "
-            "as plain as can be; auto: the kernels where they run, elsewhere cpu (default: %(default)s)",
+            "as plain as can be; auto: the kernels where they run, elsewhere PyTorch (default: %(default)s)",
         },
         "--dtype": {
             "choices": ["float32", "bfloat16", "float16"],

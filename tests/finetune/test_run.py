@@ -24,6 +24,7 @@ from tests.finetune.case import (
     save_texts,
 )
 from vblora_triton import PeftModel
+from vblora_triton.finetune import options
 from vblora_triton.finetune.data import python_source
 from vblora_triton.kernels.launch import counted
 from vblora_triton.ops import cpu
@@ -80,6 +81,15 @@ def test_report_has_exactly_the_documented_keys(run):
         6,
     )
     assert report["seconds"] > 0
+
+
+def test_the_report_names_what_computed_in_training_and_not_what_was_tried_before(
+    model_dir, texts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(options, "_check_backend", lambda *arguments: "what was tried")
+    common = ["--model", model_dir, "--data", *texts, *TINY, *ADAPTER, *RATES]
+    assert finetune("--output", tmp_path / "out", *common, "--backend", "reference") == 0
+    assert comparable(tmp_path / "out")[0]["backend"] == "reference"
 
 
 def test_output_holds_the_results_and_nothing_else(run):

@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 import vblora_triton
 from tests.models import DEVICE
 from tests.ops.linear_case import LinearCase, in_float64
+from tests.ops.vera_case import VeraCase
 from tests.tolerance import assert_as_exact_as_eager, relative_error
 from vblora_triton import ops
 from vblora_triton.kernels.launch import counted
@@ -87,48 +89,6 @@ def test_update_alone_is_exact_to_1e_5(r, M):
     x, base, *parameters, _ = tensors.values()
     truth = reference.vblora_linear(x.double(), None, *(t.double() for t in parameters), case.k)
     assert relative_error(ops.vblora_linear(x, base, *parameters, case.k, backend="triton"), truth) < 1e-5
-
-
-@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
-def test_where_somebody_looks_on_the_base_is_not_written_to(backend):
-    tensors = [t.detach() for t in LinearCase(M=20, K=16, N=24, b=8, h=5).tensors().values()]
-    x, base, *parameters, _ = tensors
-    before, expected = base.clone(), ops.vblora_linear(x, base, *parameters, 2, backend=backend)
-    with FlopCounterMode(display=False):
-        y = ops.vblora_linear_(x, base, *parameters, 2, backend=backend)
-    torch.testing.assert_close(y, expected)
-    assert torch.equal(base, before)
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_in_place_is_the_same_in_bases_memory(backend):
-    case = LinearCase(M=20)
-    out, inside = case.tensors(), case.tensors()
-    expected = case.run(ops.vblora_linear, out, backend=backend)
-
-    def in_place(x, base, *rest, **options):
-        # As a base layer makes it: not a leaf.
-        result = base * 1
-        y = ops.vblora_linear_(x, result, *rest, **options)
-        assert y.data_ptr() == result.data_ptr()
-        return y
-
-    actual = case.run(in_place, inside, backend=backend)
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, msg=name)
-    inside["base"] = inside["base"].detach().T.contiguous().T
-    with pytest.raises(ValueError, match="contiguous"):
-        case.run(ops.vblora_linear_, inside, backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_in_place_on_what_a_backward_needs_is_noticed(backend):
-    tensors = LinearCase(M=20).tensors()
-    del tensors["dy"]
-    tensors["base"] = tensors["base"].exp()
-    y = ops.vblora_linear_(*tensors.values(), 2, backend=backend)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
 
 
 def test_largest_sizes_of_the_documented_limits():
@@ -250,6 +210,38 @@ def test_linear_operator_passes_opcheck(base, requires_grad, dropout_p):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("method", ["vblora", "vera"])
+def test_tensors_of_other_classes_and_tracers_before_autograd_see_the_operators(method, requires_grad):
+    case = (LinearCase if method == "vblora" else VeraCase)(M=5, K=16, N=24)
+    case = LinearCase(M=5, K=16, N=24, b=8, h=5) if method == "vblora" else case
+    tensors = {name: t.detach() for name, t in case.tensors().items()}
+    rest = [case.k] if method == "vblora" else []
+    inputs = [t for name, t in tensors.items() if name != "dy"]
+    op = getattr(ops, f"{method}_linear")
+    expected = op(*inputs, *rest, backend="triton")
+    x = inputs[0].clone().requires_grad_(requires_grad)
+
+    def call(x):
+        return op(x, *inputs[1:], *rest, backend="triton")
+
+    y = call(TwoTensor(x, x))
+    assert isinstance(y, TwoTensor)
+    assert torch.equal(y.a, expected)
+    if requires_grad:
+        y.sum().backward()
+        (dx,) = torch.autograd.grad(call(x).sum(), x)
+        grads = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: TwoTensor(t, t) if t.dim() == 2 else t):
+            call(x).sum().backward(inputs=[x])
+            grads.append(x.grad)
+        torch.testing.assert_close(grads[0].a if isinstance(grads[0], TwoTensor) else grads[0], dx)
+    else:
+        graph = make_fx(call, tracing_mode="real", pre_dispatch=True)(x)
+        assert any("vblora_triton" in str(node.target) for node in graph.graph.nodes)
+        torch.testing.assert_close(graph(x), expected)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
 def test_compose_operator_passes_opcheck(requires_grad):
     logits = torch.randn(2, 3, 5, device=DEVICE, requires_grad=requires_grad)
     bank = torch.randn(5, 8, device=DEVICE, requires_grad=requires_grad)
@@ -287,26 +279,6 @@ def test_no_features_in_or_out_are_as_in_the_reference(M, K, N, base):
     selection = ops.select(*rest, 2, backend="triton")
     y = ops.vblora_linear_selected(tensors["x"], tensors.get("base"), *selection, tensors["vector_bank"])
     assert torch.equal(y, expected["y"])
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_in_place_over_x_itself_is_refused(backend):
-    case = LinearCase(M=3, K=16, N=16, b=8, h=5)
-    memory = torch.randn(3, 16, device=DEVICE)
-    parameters = [t.detach() for name, t in case.tensors().items() if name.startswith(("logits", "vector"))]
-    for x in (memory, memory.view(3, 16)):
-        with pytest.raises(ValueError, match="share memory"):
-            ops.vblora_linear_(x, memory, *parameters, 2, backend=backend)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_in_place_rounds_once(backend, dtype):
-    case = LinearCase(M=20, dtype=dtype)
-    x, base, *parameters, _ = (t.detach() for t in case.tensors().values())
-    for start in (base, base.float()):
-        expected = ops.vblora_linear(x, start, *parameters, 2, backend=backend)
-        assert torch.equal(ops.vblora_linear_(x, start.clone(), *parameters, 2, backend=backend), expected)
 
 
 def test_use_backend_sets_what_auto_means_and_what_ran_is_told():

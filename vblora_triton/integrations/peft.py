@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vblora_triton import ops
 from vblora_triton.ops.dispatch import check_backend
 from vblora_triton.ops.modes import TensorState, is_plain
-from vblora_triton.tuner.linear import may_write
+from vblora_triton.tuner.linear import frozen_linear
 
 # The sources that the functions below stand for, by `_digest`: those of these versions of peft, all that are between.
 KNOWN_PEFT = "0.19.0 to 0.21.2"
@@ -55,6 +56,8 @@ _functions: WeakKeyDictionary[Callable[..., Any], list[_Patch]] = WeakKeyDiction
 _of_class: dict[Any, Any] = {}
 _of_layer: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
 _lock = threading.RLock()
+
+_Base = Tensor | ops.FrozenLinear
 
 
 def patch_peft(model: nn.Module | None = None, *, backend: str = "auto") -> AbstractContextManager[Any]:
@@ -313,30 +316,26 @@ def _forward(kind: _LayerKind, layer: Any, x: Tensor, args: Any, kwargs: Any, ba
     merged = layer.merged
     if layer.disable_adapters and merged:
         layer.unmerge()
-    result = layer.base_layer(x, *args, **kwargs)
-    if not layer.disable_adapters and not merged:
-        # What a layer of bitsandbytes returns must not be written to; since 0.20 VeRA's layer knows.
-        quantization = getattr(layer, "quantization_backend", None)
-        if quantization is not None:
-            result = quantization.maybe_clone_base_result(result)
-        for adapter in layer.active_adapters:
-            if adapter in getattr(layer, kind.adapters):
-                result = kind.add_update(layer, adapter, x, result, backend)
+    adapters = [] if layer.disable_adapters or merged else layer.active_adapters
+    adapters = [adapter for adapter in adapters if adapter in getattr(layer, kind.adapters)]
+    base = frozen_linear(layer.base_layer, x) if adapters and not (args or kwargs) else None
+    result: Any = layer.base_layer(x, *args, **kwargs) if base is None else base
+    for adapter in adapters:
+        result = kind.add_update(layer, adapter, x, result, backend)
     return result.to(x.dtype)
 
 
-def _add_vblora(layer: Any, adapter: str, x: Tensor, result: Tensor, backend: str) -> Tensor:
+def _add_vblora(layer: Any, adapter: str, x: Tensor, base: _Base, backend: str) -> Tensor:
     logits_A, logits_B = layer.vblora_logits_A[adapter], layer.vblora_logits_B[adapter]
     if layer.training:
         _refuse_topk(layer, adapter)
     # Of a model that is spread over devices, the one bank is elsewhere for some layers.
     bank = layer.vblora_vector_bank[adapter].to(logits_A.device)
-    x, dropout = _dropped(layer.vblora_dropout[adapter], x)
-    op = ops.vblora_linear_ if may_write(layer.base_layer, result) else ops.vblora_linear
-    return op(x, result, logits_A, logits_B, bank, layer.topk[adapter], backend=backend, **dropout)
+    x, base, dropout = _dropped(layer.vblora_dropout[adapter], x, base)
+    return ops.vblora_linear(x, base, logits_A, logits_B, bank, layer.topk[adapter], backend=backend, **dropout)
 
 
-def _add_vera(layer: Any, adapter: str, x: Tensor, result: Tensor, backend: str) -> Tensor:
+def _add_vera(layer: Any, adapter: str, x: Tensor, base: _Base, backend: str) -> Tensor:
     lambda_b, lambda_d = layer.vera_lambda_b[adapter], layer.vera_lambda_d[adapter]
     A, B = layer.vera_A[adapter], layer.vera_B[adapter]
     if A.device != x.device or B.device != x.device:
@@ -344,16 +343,21 @@ def _add_vera(layer: Any, adapter: str, x: Tensor, result: Tensor, backend: str)
     if lambda_d.shape[0] != A.shape[0]:
         # A second adapter of rank 1 takes the first one's projections in PEFT, and is spread over their ranks.
         lambda_d = lambda_d.expand(A.shape[0])
-    x, dropout = _dropped(layer.vera_dropout[adapter], x)
-    op = ops.vera_linear_ if may_write(layer.base_layer, result) else ops.vera_linear
-    return op(x, result, lambda_b, lambda_d, A, B, backend=backend, **dropout)
+    x, base, dropout = _dropped(layer.vera_dropout[adapter], x, base)
+    return ops.vera_linear(x, base, lambda_b, lambda_d, A, B, backend=backend, **dropout)
 
 
-def _dropped(dropout: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The input and the options of an op: the op drops what torch's own layer would, any other layer does it itself."""
+def _dropped(dropout: nn.Module, x: Tensor, base: _Base) -> tuple[Tensor, _Base, dict[str, Any]]:
+    """The input, the base and the options of an op, which drops what torch's own layer would; others do it themselves.
+
+    The base layer reads the input as it was.
+    """
     if type(dropout) is nn.Dropout:
-        return x, {"dropout_p": dropout.p, "training": dropout.training}
-    return dropout(x), {}
+        return x, base, {"dropout_p": dropout.p, "training": dropout.training}
+    after = dropout(x)
+    if after is not x and isinstance(base, ops.FrozenLinear):
+        base = F.linear(x, *base)
+    return after, base, {}
 
 
 # PEFT refuses to train an adapter that was loaded from a file with top-k weights only: such logits are infinite. A look

@@ -5,18 +5,17 @@ the same.
 """
 
 from vblora_triton.ops.dispatch import backends_that_run, use_backend
-from vblora_triton.ops.reference import Selection
+from vblora_triton.ops.reference import FrozenLinear, Selection
 from vblora_triton.ops.vblora import (
     compose,
     select,
     vblora_linear,
-    vblora_linear_,
     vblora_linear_selected,
-    vblora_linear_selected_,
 )
-from vblora_triton.ops.vera import ProjectedInput, vera_linear, vera_linear_, vera_project
+from vblora_triton.ops.vera import ProjectedInput, vera_linear, vera_project
 
 __all__ = [
+    "FrozenLinear",
     "ProjectedInput",
     "Selection",
     "backends_that_run",
@@ -24,10 +23,7 @@ __all__ = [
     "select",
     "use_backend",
     "vblora_linear",
-    "vblora_linear_",
     "vblora_linear_selected",
-    "vblora_linear_selected_",
     "vera_linear",
-    "vera_linear_",
     "vera_project",
 ]

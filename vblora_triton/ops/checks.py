@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from vblora_triton.ops import modes
+from vblora_triton.ops.reference import FrozenLinear
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
+def check_tensors(**tensors: Tensor | FrozenLinear | None) -> None:
     """Check that all are floating tensors on one device; None is allowed to be absent.
 
     Raises:
@@ -17,7 +17,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
     """
     first, device = "", None
     for name, tensor in tensors.items():
-        if tensor is None and name == "base":
+        if name == "base" and (tensor is None or isinstance(tensor, FrozenLinear)):
             continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -45,7 +45,7 @@ def check_bank(vector_bank: Tensor) -> None:
 
 
 def check_linear(
-    x: Tensor, base: Tensor | None, vector_bank: Tensor, A: Tensor, B: Tensor, last: int, what: str
+    x: Tensor, base: Tensor | FrozenLinear | None, vector_bank: Tensor, A: Tensor, B: Tensor, last: int, what: str
 ) -> None:
     """Check the sizes of a linear's arguments against each other.
 
@@ -71,15 +71,29 @@ def check_linear(
             f"`{what}_B` has shape {tuple(B.shape)}; with {what}_A {tuple(A.shape)} it must be "
             f"(out / {b}, {A.shape[0]}, {last})."
         )
-    out = (*x.shape[:-1], B.shape[0] * b)
-    if base is not None and base.shape != out:
+    _check_base(x, base, B.shape[0] * b, f"{what}_B {tuple(B.shape)}")
+
+
+def _check_base(x: Tensor, base: Tensor | FrozenLinear | None, N: int, beside: str) -> None:
+    if isinstance(base, FrozenLinear):
+        weight, bias = base
+        check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+        if weight.shape != (N, x.shape[-1]) or (bias is not None and bias.shape != (N,)):
+            raise ValueError(
+                f"`base` has a weight of {tuple(weight.shape)} and a bias of "
+                f"{None if bias is None else tuple(bias.shape)}; with x {tuple(x.shape)} and {beside} they must be "
+                f"{(N, x.shape[-1])} and ({N},), or None."
+            )
+    elif base is not None and base.shape != (*x.shape[:-1], N):
         raise ValueError(
-            f"`base` has shape {tuple(base.shape)}; with x {tuple(x.shape)} and {what}_B {tuple(B.shape)} "
-            f"it must be {out}."
+            f"`base` has shape {tuple(base.shape)}; with x {tuple(x.shape)} and {beside} it must be "
+            f"{(*x.shape[:-1], N)}."
         )
 
 
-def check_vera(x: Tensor, base: Tensor | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor) -> None:
+def check_vera(
+    x: Tensor, base: Tensor | FrozenLinear | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor
+) -> None:
     """Check the sizes of a VeRA linear's arguments against each other, and that A and B are frozen."""
     if x.dim() == 0:
         raise ValueError("`x` is a scalar; it must be (*batch, in).")
@@ -97,12 +111,7 @@ def check_vera(x: Tensor, base: Tensor | None, lambda_b: Tensor, lambda_d: Tenso
             f"`B` has shape {tuple(B.shape)}; with lambda_b {tuple(lambda_b.shape)} and lambda_d "
             f"{tuple(lambda_d.shape)} it must be (at least {N}, {r})."
         )
-    out = (*x.shape[:-1], N)
-    if base is not None and base.shape != out:
-        raise ValueError(
-            f"`base` has shape {tuple(base.shape)}; with x {tuple(x.shape)} and lambda_b "
-            f"{tuple(lambda_b.shape)} it must be {out}."
-        )
+    _check_base(x, base, N, f"lambda_b {tuple(lambda_b.shape)}")
     for name, projection in (("A", A), ("B", B)):
         if projection.requires_grad:
             raise ValueError(
@@ -138,47 +147,6 @@ def check_projected_input(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, d
         )
 
 
-def writes_in_place(x: Tensor, base: Tensor, otherwise: str) -> bool:
-    """Say whether to write into base, which is checked; where somebody observes, he is given a new tensor.
-
-    Args:
-        otherwise: the op that makes a new tensor.
-    """
-    if base is None:
-        raise TypeError(f"`base` must be a floating tensor, not None; call {otherwise} for the update alone.")
-    if modes.is_transformed():
-        return False
-    if not isinstance(x, Tensor) or not isinstance(base, Tensor):
-        # The other checks say so.
-        return False
-    check_in_place(x, base, otherwise, torch.compiler.is_compiling())
-    return not modes.is_observed()
-
-
-def check_in_place(x: Tensor, base: Tensor, otherwise: str, compiling: bool) -> None:
-    """Check that an update from x can be written into base.
-
-    Args:
-        otherwise: the op that makes a new tensor.
-        compiling: a compiler is at work, which cannot say where memory is.
-    """
-    if x is base or (not compiling and is_alias_of(x, base)):
-        raise ValueError(f"`x` and `base` share memory, and x is needed as it is; call {otherwise}.")
-    if not base.is_contiguous():
-        raise ValueError(
-            f"`base` has strides {base.stride()}, but only a contiguous tensor can be written in place; "
-            f"call {otherwise}."
-        )
-    if not compiling and torch.is_grad_enabled():
-        # Torch would notice after the values had been written, or lose a gradient without a word.
-        if base._is_view():
-            raise ValueError(f"`base` is a view, and the gradient of its base would be lost; call {otherwise}.")
-        if base.requires_grad and base.is_leaf:
-            raise ValueError(f"`base` is a leaf that requires a gradient, and is needed as it is; call {otherwise}.")
-    if base.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"`base` was made in inference mode and cannot be written outside of it; call {otherwise}.")
-
-
 def check_selected(x: Tensor, indices: Tensor, weights: Tensor, which: str) -> None:
     """Check the dtypes, shapes and device of one matrix's selection."""
     if not isinstance(indices, Tensor):
@@ -204,8 +172,3 @@ def dropout_in_force(dropout_p: float, training: bool) -> float:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"`dropout_p` is {dropout_p}; it is a probability, from 0 to 1.")
     return float(dropout_p) if training else 0.0
-
-
-def is_alias_of(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors share their memory."""
-    return a.device == b.device and a.untyped_storage()._cdata == b.untyped_storage()._cdata

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vblora_triton.ops import modes, reference
+from vblora_triton.ops.reference import FrozenLinear
 from vblora_triton.ops.register import first_derivative_only
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -63,45 +64,58 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _add(x: Tensor, base: Tensor | None, update: Tensor, in_place: bool) -> Tensor:
-    """base + update, rounded once to the dtype of base, or the update in that of x; into base where `in_place`."""
+def _add(x: Tensor, base: Tensor | FrozenLinear | None, update: Tensor) -> Tensor:
+    """base + update, (M, out), rounded once to the dtype of base, in x's shape; or the update, in that of x."""
+    shape = (*x.shape[:-1], update.shape[1])
+    if isinstance(base, FrozenLinear):
+        y = F.linear(x.reshape(-1, x.shape[-1]), *base)
+        return _shaped(y.add_(update), shape, y.dtype)
     if base is None:
-        return update.to(x.dtype)
-    return base.add_(update) if in_place else (base + update).to(base.dtype)
+        return _shaped(update, shape, x.dtype)
+    return (base + update.view(shape)).to(base.dtype)
+
+
+def _weight(base: Tensor | FrozenLinear | None) -> Tensor | None:
+    return base.weight if isinstance(base, FrozenLinear) else None
+
+
+def _input_grad(dx: Tensor, dy: Tensor, weight: Tensor | None, x_shape: torch.Size, x_dtype: torch.dtype) -> Tensor:
+    """dx, (M, in), of the update and, where its product is ours, of the base layer; in x's shape and dtype."""
+    if weight is not None:
+        dx = (dy.reshape(-1, dy.shape[-1]) @ weight).add_(dx)
+    return _shaped(dx, x_shape, x_dtype)
 
 
 def vblora_linear(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | FrozenLinear | None,
     logits_A: Tensor,
     logits_B: Tensor,
     vector_bank: Tensor,
     topk: int,
     dropout_p: float = 0.0,
-    in_place: bool = False,
 ) -> Tensor:
-    """`reference.vblora_linear` without dropout; into base where `in_place`."""
+    """`reference.vblora_linear` without dropout."""
     if torch.is_grad_enabled():
-        return _VBLoRALinear.apply(x, base, logits_A, logits_B, vector_bank, topk, in_place)
+        return _VBLoRALinear.apply(x, base, logits_A, logits_B, vector_bank, topk)
     vectors = _mixed(*select(_as_rows(logits_A, logits_B), topk), vector_bank)
-    return _updated(x, base, vectors, logits_A.shape, in_place)[0]
+    return _updated(x, base, vectors, logits_A.shape)[0]
 
 
 @torch.no_grad()
 def vblora_linear_selected(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | FrozenLinear | None,
     indices_A: Tensor,
     weights_A: Tensor,
     indices_B: Tensor,
     weights_B: Tensor,
     vector_bank: Tensor,
     dropout_p: float = 0.0,
-    in_place: bool = False,
 ) -> Tensor:
-    """`reference.vblora_linear_selected` without dropout and gradients; into base where `in_place`."""
+    """`reference.vblora_linear_selected` without dropout and gradients."""
     vectors = _mixed(_as_rows(indices_A, indices_B), _as_rows(weights_A, weights_B), vector_bank)
-    return _updated(x, base, vectors, indices_A.shape, in_place)[0]
+    return _updated(x, base, vectors, indices_A.shape)[0]
 
 
 def _as_rows(of_A: Tensor, of_B: Tensor) -> Tensor:
@@ -125,14 +139,13 @@ def _mixed(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
 
 
 def _updated(
-    x: Tensor, base: Tensor | None, vectors: Tensor, shape_A: torch.Size, in_place: bool
+    x: Tensor, base: Tensor | FrozenLinear | None, vectors: Tensor, shape_A: torch.Size
 ) -> tuple[Tensor, Tensor]:
     """base + s B^T, and s = x A^T, (M, r), in the wider dtype."""
     A, B_t = _split(vectors, shape_A)
     dtype = torch.promote_types(x.dtype, A.dtype)
     s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
-    update = _shaped(product(s, B_t.T.to(dtype)), (*x.shape[:-1], B_t.shape[1]), dtype)
-    return _add(x, base, update, in_place), s
+    return _add(x, base, product(s, B_t.T.to(dtype))), s
 
 
 class _VBLoRALinear(torch.autograd.Function):
@@ -140,20 +153,18 @@ class _VBLoRALinear(torch.autograd.Function):
     # What is done to rows of A is done to those of B^T at once: on a CPU it is the number of small steps that costs.
 
     @staticmethod
-    def forward(ctx, x, base, logits_A, logits_B, vector_bank, topk, in_place):
+    def forward(ctx, x, base, logits_A, logits_B, vector_bank, topk):
         indices, weights = select(_as_rows(logits_A, logits_B), topk)
         vectors = _mixed(indices, weights, vector_bank)
-        if in_place:
-            ctx.mark_dirty(base)
-        y, s = _updated(x, base, vectors, logits_A.shape, in_place)
-        ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank)
+        y, s = _updated(x, base, vectors, logits_A.shape)
+        ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank, _weight(base))
         ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
         return y
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        x, s, indices, weights, vectors, bank = ctx.saved_tensors
+        x, s, indices, weights, vectors, bank, weight = ctx.saved_tensors
         need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
         (shape_A, dtype_A), (shape_B, dtype_B) = ctx.like
         A, B_t = _split(vectors, shape_A)
@@ -161,7 +172,7 @@ class _VBLoRALinear(torch.autograd.Function):
         ds = dy_rows @ B_t.T.to(s.dtype)
         dx = d_logits_A = d_logits_B = d_bank = None
         if need_x:
-            dx = _shaped(product(ds, A.T.to(s.dtype)), x.shape, x.dtype)
+            dx = _input_grad(product(ds, A.T.to(s.dtype)), dy, weight, x.shape, x.dtype)
         if need_A or need_B or need_bank:
             dA = product(ds.T, x.reshape(-1, x.shape[-1]).T.to(s.dtype))
             dB = product(s.T, dy_rows.T).view(shape_A[0], -1, bank.shape[1]).transpose(0, 1)
@@ -171,7 +182,7 @@ class _VBLoRALinear(torch.autograd.Function):
             (indices_A, indices_B), (of_A, of_B) = indices.split(rows), d_selected.split(rows)
             d_logits_A = _scattered(indices_A, of_A.to(dtype_A), shape_A) if need_A else None
             d_logits_B = _scattered(indices_B, of_B.to(dtype_B), shape_B) if need_B else None
-        return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank, None, None
+        return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank, None
 
 
 def _scattered(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
@@ -206,41 +217,34 @@ def _shaped(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def vera_linear(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | FrozenLinear | None,
     lambda_b: Tensor,
     lambda_d: Tensor,
     A: Tensor,
     B: Tensor,
     dropout_p: float = 0.0,
-    in_place: bool = False,
 ) -> Tensor:
-    """`reference.vera_linear` without dropout; into base where `in_place`."""
-    return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B, in_place)
+    """`reference.vera_linear` without dropout."""
+    return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B)
 
 
 class _VeraLinear(torch.autograd.Function):
     linear_in = 2
 
     @staticmethod
-    def forward(ctx, x, base, lambda_b, lambda_d, A, B, in_place):
+    def forward(ctx, x, base, lambda_b, lambda_d, A, B):
         dtype = widest(x, A, lambda_d)
         wide_A, wide_B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
         p = product(x.reshape(-1, x.shape[-1]).to(dtype), wide_A)
-        ctx.save_for_backward(p, lambda_b, lambda_d, A, B)
+        ctx.save_for_backward(p, lambda_b, lambda_d, A, B, _weight(base))
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        if in_place:
-            ctx.mark_dirty(base)
         q = product(p * lambda_d, wide_B)
-        if in_place and base.dtype == dtype == lambda_b.dtype:
-            base.view(q.shape).addcmul_(q, lambda_b)
-            return base
-        update = lambda_b * q
-        return _add(x, base, _shaped(update, (*x.shape[:-1], q.shape[1]), update.dtype), in_place)
+        return _add(x, base, q.mul_(lambda_b) if q.dtype == widest(q, lambda_b) else lambda_b * q)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        p, lambda_b, lambda_d, A, B = ctx.saved_tensors
+        p, lambda_b, lambda_d, A, B, weight = ctx.saved_tensors
         need_x, need_base, need_b, need_d = ctx.needs_input_grad[:4]
         A, B = A[:, : ctx.x_shape[-1]].to(p.dtype), B[: lambda_b.shape[0]].to(p.dtype)
         dy_rows = dy.reshape(-1, dy.shape[-1]).to(p.dtype)
@@ -252,8 +256,8 @@ class _VeraLinear(torch.autograd.Function):
             if need_d:
                 d_lambda_d = (du * p).sum(0).to(lambda_d.dtype)
             if need_x:
-                dx = _shaped(product(du.mul_(lambda_d), A.T), ctx.x_shape, ctx.x_dtype)
-        return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None
+                dx = _input_grad(product(du.mul_(lambda_d), A.T), dy, weight, ctx.x_shape, ctx.x_dtype)
+        return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

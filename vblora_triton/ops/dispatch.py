@@ -7,13 +7,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vblora_triton.ops import cpu, modes, reference, triton_vblora, triton_vera
+from vblora_triton.ops.reference import FrozenLinear
 from vblora_triton.ops.register import Operator
 
 # Limits of the kernels; beyond them PyTorch computes.
@@ -28,9 +30,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Sizes = tuple[tuple[str, int, int], ...]
 
 
-def _into_base(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(x: Tensor, base: Tensor, *rest: Any) -> Tensor:
-        return base.copy_(op(x, base, *rest))
+def _with_base(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, base: Tensor | FrozenLinear | None, *rest: Any) -> Tensor:
+        return op(x, F.linear(x, *base) if isinstance(base, FrozenLinear) else base, *rest)
 
     return run
 
@@ -42,31 +44,22 @@ BACKENDS: dict[str, dict[str, Callable | Operator]] = {
         "compose": triton_vblora.compose,
         "select": triton_vblora.select,
         "vblora_linear": triton_vblora.linear,
-        "vblora_linear_": triton_vblora.linear.in_place,
         "vblora_linear_selected": triton_vblora.linear_selected,
-        "vblora_linear_selected_": triton_vblora.linear_selected.in_place,
         "vera_linear": triton_vera.linear,
-        "vera_linear_": triton_vera.linear.in_place,
     },
     "cpu": {
         "compose": reference.compose,
         "select": reference.selection,
         "vblora_linear": cpu.vblora_linear,
-        "vblora_linear_": partial(cpu.vblora_linear, in_place=True),
         "vblora_linear_selected": cpu.vblora_linear_selected,
-        "vblora_linear_selected_": partial(cpu.vblora_linear_selected, in_place=True),
         "vera_linear": cpu.vera_linear,
-        "vera_linear_": partial(cpu.vera_linear, in_place=True),
     },
     "reference": {
         "compose": reference.compose,
         "select": reference.selection,
-        "vblora_linear": reference.vblora_linear,
-        "vblora_linear_": _into_base(reference.vblora_linear),
-        "vblora_linear_selected": reference.vblora_linear_selected,
-        "vblora_linear_selected_": _into_base(reference.vblora_linear_selected),
-        "vera_linear": reference.vera_linear,
-        "vera_linear_": _into_base(reference.vera_linear),
+        "vblora_linear": _with_base(reference.vblora_linear),
+        "vblora_linear_selected": _with_base(reference.vblora_linear_selected),
+        "vera_linear": _with_base(reference.vera_linear),
     },
 }
 
@@ -129,6 +122,26 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"`backend` is {backend!r}; the backends are {names}.")
 
 
+def settle_base(x: Tensor, base: Tensor | FrozenLinear | None, *others: Tensor) -> Tensor | FrozenLinear | None:
+    """Return the base as it goes to a backend: a FrozenLinear where the op may compute its product, else its result.
+
+    The op may where the result has x's dtype, the layer has no gradient, and nobody observes.
+
+    Args:
+        others: the op's other tensors.
+    """
+    if not isinstance(base, FrozenLinear):
+        return base
+    weight, bias = base
+    own = (
+        x.dtype == weight.dtype == (x.dtype if bias is None else bias.dtype)
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        and modes.is_plain(x, weight, bias, *others)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+    return base if own else F.linear(x, weight, bias)
+
+
 class Choice(NamedTuple):
     """What computes a call.
 
@@ -141,7 +154,7 @@ class Choice(NamedTuple):
     dropout: tuple[Any, ...]
 
 
-def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tensor | None) -> Choice:
+def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tensor | FrozenLinear | None) -> Choice:
     """Choose the backend of a call; told which one, raise where it cannot run.
 
     Args:
@@ -152,7 +165,9 @@ def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tens
     Raises:
         ValueError, TypeError: the backend does not exist, or cannot run here.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
+    given: list[Tensor] = []
+    for tensor in tensors:
+        given += [t for t in (tensor if isinstance(tensor, FrozenLinear) else (tensor,)) if t is not None]
     backend = resolve(backend)
     if backend == "auto":
         # Neither the kernels nor the CPU's code know transforms. Kernels that are interpreted are for tests.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -28,12 +29,14 @@ def is_transformed() -> bool:
 def is_observed() -> bool:
     """Say whether somebody records, replaces or transforms the operators that run.
 
-    A compiler, torch.jit.trace, a mode (FlopCounterMode and selective checkpointing see only operators that they know,
-    FakeTensorMode runs none of them), torch.func, forward-mode derivatives.
+    A compiler, torch.jit.trace, a dispatch mode (FlopCounterMode and selective checkpointing see only operators that
+    they know, FakeTensorMode runs none of them; make_fx may stand before autograd), torch.func, forward-mode
+    derivatives. The profiler does not count: it only looks at the time.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0

@@ -23,6 +23,17 @@ class Selection(NamedTuple):
     weights_B: Tensor
 
 
+class FrozenLinear(NamedTuple):
+    """A linear layer that is not trained, in the place of its result: y = x W^T + bias.
+
+    weight: (out, in), any strides.
+    bias: (out), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Choose, for each row of logits, its top-k entries and their weights.
 

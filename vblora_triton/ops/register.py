@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vblora_triton.ops import modes
+from vblora_triton.ops.reference import FrozenLinear
 
 _library = torch.library.Library("vblora_triton", "DEF")
 
@@ -53,7 +54,9 @@ class Differentiable(Operator):
         backward: the operator (dy, *saved, needs) -> those of the gradients that `needs` asks for.
         gradients: the position among the arguments of each gradient that `backward` can give; None for none.
         has_base: the second argument is the base's result, or None, to which an update that is linear in x is added:
-            its gradient is dy, and `in_place` writes into it. That is only called where nobody observes.
+            its gradient is dy. Where nobody observes it may be a FrozenLinear, whose product is then added in place,
+            by cuBLAS with beta = 1, to y as forward has written it, bias + update, and to dx as backward has: no other
+            tensor of the size of either exists, and nothing is rounded before the sum.
     """
 
     def __init__(
@@ -83,13 +86,20 @@ class Differentiable(Operator):
 
             @staticmethod
             def forward(ctx, *args):
+                weight = None
                 with modes.below_autograd():
-                    if modes.is_observed():
-                        y, *kept = fwd.operator(*args)
-                    else:
+                    if has_base and isinstance(args[1], FrozenLinear):
+                        x, (weight, bias), *rest = args
+                        y = allocate(x, None, *rest)
+                        args = (x, None if bias is None else bias.expand(y.shape), *rest)
+                        kept = forward(y, *args)
+                        _rows(y).addmm_(_rows(x), weight.T)
+                    elif modes.is_plain(*_tensors(args)):
                         y = allocate(*args)
                         kept = forward(y, *args)
-                _save(ctx, saved(kept, *args))
+                    else:
+                        y, *kept = fwd.operator(*args)
+                _save(ctx, [weight, *saved(kept, *args)])
                 return y
 
             @staticmethod
@@ -99,24 +109,17 @@ class Differentiable(Operator):
                 grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
                 if any(needs):
                     # Before autograd is left: checkpointing computes them again here, and records that.
-                    kept = _saved(ctx)
+                    weight, *kept = _saved(ctx)
                     with modes.below_autograd():
-                        found = backward.on(dy)(dy, *kept, needs)
+                        found = backward.on(dy, *_tensors(kept))(dy, *kept, needs)
+                        if weight is not None and needs[0]:
+                            _rows(found[0]).addmm_(_rows(dy), weight)
                     wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
                     for position, grad in zip(wanted, found, strict=True):
                         grads[position] = grad  # type: ignore[index]
                 if has_base and ctx.needs_input_grad[1]:
                     grads[1] = dy
                 return tuple(grads)
-
-        class InPlace(Function):
-            @staticmethod
-            def forward(ctx, x, base, *rest):
-                with modes.below_autograd():
-                    kept = forward(base, x, base, *rest)
-                _save(ctx, saved(kept, x, base, *rest))
-                ctx.mark_dirty(base)
-                return base
 
         def autograd(*args: Any) -> Tensor:
             if forward_ad._current_level >= 0 and any(
@@ -129,17 +132,26 @@ class Differentiable(Operator):
                 return fwd.operator(*args)[0]
 
         results = f"(Tensor y, {results})" if results else "Tensor[]"
+        # As profilers and autograd's graph show it.
+        Function.__name__ = Function.__qualname__ = name
         fwd = Operator(f"{name}_fwd", arguments, results, whole, whole_fake)
         super().__init__(name, arguments, "Tensor", lambda *args: fwd.operator(*args)[0], allocate)
         _library.impl(name, autograd, "Autograd")
         self.fwd, self.bwd = fwd, backward
         self.unobserved = Function.apply
-        self.in_place: Callable[..., Tensor] = InPlace.apply
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
 
 
 def _save(ctx: Any, values: list[Any]) -> None:
     """Keep values of which some are tensors, which only autograd may hold."""
-    ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
+    ctx.save_for_backward(*_tensors(values))
     ctx.values = [Tensor if isinstance(value, Tensor) else value for value in values]
 
 

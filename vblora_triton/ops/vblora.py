@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from vblora_triton.ops import checks
-from vblora_triton.ops.dispatch import Choice, choose, vblora_sizes
+from vblora_triton.ops.dispatch import choose, settle_base, vblora_sizes
 from vblora_triton.ops.modes import no_autocast
-from vblora_triton.ops.reference import Selection
+from vblora_triton.ops.reference import FrozenLinear, Selection
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "auto") -> Tensor:
@@ -41,7 +41,7 @@ def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "a
 
 def vblora_linear(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | FrozenLinear | None,
     logits_A: Tensor,
     logits_B: Tensor,
     vector_bank: Tensor,
@@ -61,7 +61,8 @@ def vblora_linear(
 
     Args:
         x: (*batch, in), floating.
-        base: (*batch, out), floating, or None for the update alone. It is not written to.
+        base: (*batch, out), floating, or None for the update alone. It is not written to. Or a FrozenLinear, whose
+            product with x is then the base: where it can, the op computes it itself, in place of the result and of dx.
         logits_A: (r, in/b, num_vectors).
         logits_B: (out/b, r, num_vectors).
         vector_bank: (num_vectors, b).
@@ -70,53 +71,20 @@ def vblora_linear(
             to a multiple of 2^-16, and scale by what they rounded to.
         backend: "auto", "triton", "cpu" or "reference"; see `use_backend`.
     Returns:
-        (*batch, out), in the dtype of `base`, or of `x` where there is none.
+        (*batch, out), in the dtype of `base`, or of `x` where there is none or it is a FrozenLinear.
     Raises:
         ValueError: the sizes disagree, `topk` or `dropout_p` is out of range, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    arguments = (x, base, logits_A, logits_B, vector_bank, topk)
-    chosen = _choose_linear("vblora_linear", arguments, dropout_p, training, backend)
-    with no_autocast(x.device.type):
-        return chosen.run(*arguments, *chosen.dropout)
-
-
-def vblora_linear_(
-    x: Tensor,
-    base: Tensor,
-    logits_A: Tensor,
-    logits_B: Tensor,
-    vector_bank: Tensor,
-    topk: int,
-    *,
-    dropout_p: float = 0.0,
-    training: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """`vblora_linear`, written into `base`, which is returned: no second tensor of the size of the output.
-
-    For a `base` that nobody else needs: a plain linear's backward does not, an activation's does. Under compilers,
-    modes and transforms it is `vblora_linear`.
-
-    Raises:
-        ValueError: as `vblora_linear`; or `base` is not contiguous, shares memory with x, is a view, or is a leaf
-            that requires a gradient; nothing is written then.
-    """
-    op = "vblora_linear_" if checks.writes_in_place(x, base, "vblora_linear") else "vblora_linear"
-    arguments = (x, base, logits_A, logits_B, vector_bank, topk)
-    chosen = _choose_linear(op, arguments, dropout_p, training, backend)
-    with no_autocast(x.device.type):
-        return chosen.run(*arguments, *chosen.dropout)
-
-
-def _choose_linear(op: str, arguments: tuple, dropout_p: float, training: bool, backend: str) -> Choice:
-    x, base, logits_A, logits_B, vector_bank, topk = arguments
     checks.check_tensors(x=x, base=base, logits_A=logits_A, logits_B=logits_B, vector_bank=vector_bank)
     checks.check_linear(x, base, vector_bank, logits_A, logits_B, vector_bank.shape[0], "logits")
     checks.check_topk(topk, vector_bank.shape[0])
     p = checks.dropout_in_force(dropout_p, training)
+    base = settle_base(x, base, logits_A, logits_B, vector_bank)
     sizes = vblora_sizes(logits_A.shape[0], topk, *vector_bank.shape)
-    return choose(op, backend, sizes, p, x, base, logits_A, logits_B, vector_bank)
+    chosen = choose("vblora_linear", backend, sizes, p, x, base, logits_A, logits_B, vector_bank)
+    with no_autocast(x.device.type):
+        return chosen.run(x, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout)
 
 
 def select(logits_A: Tensor, logits_B: Tensor, topk: int, *, backend: str = "auto") -> Selection:
@@ -150,7 +118,7 @@ def select(logits_A: Tensor, logits_B: Tensor, topk: int, *, backend: str = "aut
 
 def vblora_linear_selected(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | FrozenLinear | None,
     indices_A: Tensor,
     weights_A: Tensor,
     indices_B: Tensor,
@@ -170,44 +138,10 @@ def vblora_linear_selected(
         indices_B, weights_B: (out/b, r, topk).
         x, base, vector_bank, dropout_p, training, backend: see `vblora_linear`.
     Returns:
-        (*batch, out), in the dtype of `base`, or of `x` where there is none.
+        (*batch, out), in the dtype of `base`, or of `x` where there is none or it is a FrozenLinear.
     Raises:
         ValueError, TypeError: as `vblora_linear`; or a weight requires a gradient.
     """
-    arguments = (x, base, indices_A, weights_A, indices_B, weights_B, vector_bank)
-    chosen = _choose_selected("vblora_linear_selected", arguments, dropout_p, training, backend)
-    with no_autocast(x.device.type):
-        return chosen.run(*arguments, *chosen.dropout)
-
-
-def vblora_linear_selected_(
-    x: Tensor,
-    base: Tensor,
-    indices_A: Tensor,
-    weights_A: Tensor,
-    indices_B: Tensor,
-    weights_B: Tensor,
-    vector_bank: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    training: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """`vblora_linear_selected`, written into `base`, which is returned; see `vblora_linear_`.
-
-    Raises:
-        ValueError, TypeError: as `vblora_linear_selected` and `vblora_linear_`; nothing is written then.
-    """
-    arguments = (x, base, indices_A, weights_A, indices_B, weights_B, vector_bank)
-    in_place = checks.writes_in_place(x, base, "vblora_linear_selected")
-    op = "vblora_linear_selected_" if in_place else "vblora_linear_selected"
-    chosen = _choose_selected(op, arguments, dropout_p, training, backend)
-    with no_autocast(x.device.type):
-        return chosen.run(*arguments, *chosen.dropout)
-
-
-def _choose_selected(op: str, arguments: tuple, dropout_p: float, training: bool, backend: str) -> Choice:
-    x, base, indices_A, weights_A, indices_B, weights_B, vector_bank = arguments
     checks.check_tensors(x=x, base=base, weights_A=weights_A, weights_B=weights_B, vector_bank=vector_bank)
     checks.check_selected(x, indices_A, weights_A, "A")
     checks.check_selected(x, indices_B, weights_B, "B")
@@ -216,4 +150,9 @@ def _choose_selected(op: str, arguments: tuple, dropout_p: float, training: bool
     r, topk = int(indices_A.shape[0]), int(indices_A.shape[2])
     checks.check_topk(topk, vector_bank.shape[0])
     p = checks.dropout_in_force(dropout_p, training)
-    return choose(op, backend, vblora_sizes(r, topk, *vector_bank.shape), p, x, base, vector_bank)
+    base = settle_base(x, base, weights_A, weights_B, vector_bank)
+    chosen = choose(
+        "vblora_linear_selected", backend, vblora_sizes(r, topk, *vector_bank.shape), p, x, base, vector_bank
+    )
+    with no_autocast(x.device.type):
+        return chosen.run(x, base, indices_A, weights_A, indices_B, weights_B, vector_bank, *chosen.dropout)

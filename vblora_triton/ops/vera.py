@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vblora_triton.ops import checks, triton_vera
-from vblora_triton.ops.dispatch import Choice, choose, vera_sizes
+from vblora_triton.ops.dispatch import choose, settle_base, vera_sizes
 from vblora_triton.ops.modes import no_autocast
+from vblora_triton.ops.reference import FrozenLinear
 
 
 class ProjectedInput(NamedTuple):
@@ -21,7 +22,9 @@ class ProjectedInput(NamedTuple):
     scale: Tensor
 
 
-def vera_project(x: Tensor, A: Tensor, base: Tensor | None = None, *, backend: str = "auto") -> ProjectedInput | None:
+def vera_project(
+    x: Tensor, A: Tensor, base: Tensor | FrozenLinear | None = None, *, backend: str = "auto"
+) -> ProjectedInput | None:
     """Project once what several calls of `vera_linear` read, without dropout: values * scale = x A[:, :in]^T.
 
     Not differentiable; no gradient goes missing, for `vera_linear` computes that of x from dy.
@@ -29,7 +32,7 @@ def vera_project(x: Tensor, A: Tensor, base: Tensor | None = None, *, backend: s
     Args:
         x: (*batch, in), floating.
         A: (r, at least in).
-        base: of one of the calls; its dtype says how exact the results can be.
+        base: of one of the calls; the dtype of its result says how exact the results can be.
         backend: "auto", "triton", "cpu" or "reference"; see `use_backend`.
     Returns:
         The projected input, or None where PyTorch computes, which has no use for it.
@@ -44,13 +47,13 @@ def vera_project(x: Tensor, A: Tensor, base: Tensor | None = None, *, backend: s
         return ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), 0.0, None))
 
 
-def _all_fp32(x: Tensor, base: Tensor | None) -> bool:
-    return triton_vera.is_all_fp32(x.dtype, x.dtype if base is None else base.dtype)
+def _all_fp32(x: Tensor, base: Tensor | FrozenLinear | None) -> bool:
+    return triton_vera.is_all_fp32(x.dtype, base.dtype if isinstance(base, Tensor) else x.dtype)
 
 
 def vera_linear(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | FrozenLinear | None,
     lambda_b: Tensor,
     lambda_d: Tensor,
     A: Tensor,
@@ -71,7 +74,8 @@ def vera_linear(
 
     Args:
         x: (*batch, in), floating.
-        base: (*batch, out), floating, or None for the update alone. It is not written to.
+        base: (*batch, out), floating, or None for the update alone. It is not written to. Or a FrozenLinear; see
+            `vblora_linear`.
         lambda_b: (out).
         lambda_d: (r).
         A: (r, at least in); its first columns are used, where they are.
@@ -81,66 +85,26 @@ def vera_linear(
         backend: "auto", "triton", "cpu" or "reference"; see `use_backend`.
         projected: of x, by `vera_project`, where there is one.
     Returns:
-        (*batch, out), in the dtype of `base`, or of `x` where there is none.
+        (*batch, out), in the dtype of `base`, or of `x` where there is none or it is a FrozenLinear.
     Raises:
         ValueError: the sizes disagree, `dropout_p` is out of range, A or B requires a gradient, `projected` is not
             one of x or dropout is in force beside it, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    arguments = (x, base, lambda_b, lambda_d, A, B)
-    chosen = _choose("vera_linear", arguments, dropout_p, training, backend, projected)
-    rest = chosen.dropout
-    if chosen.backend == "triton":
-        # The kernels take the projected input, which has the dropout in it, and both again for backward.
-        if projected is None:
-            with torch.no_grad():
-                projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
-        rest = (*projected, *rest)
-    with no_autocast(x.device.type):
-        return chosen.run(*arguments, *rest)
-
-
-def vera_linear_(
-    x: Tensor,
-    base: Tensor,
-    lambda_b: Tensor,
-    lambda_d: Tensor,
-    A: Tensor,
-    B: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    training: bool = False,
-    backend: str = "auto",
-    projected: ProjectedInput | None = None,
-) -> Tensor:
-    """`vera_linear`, written into `base`, which is returned: no second tensor of the size of the output.
-
-    For a `base` that nobody else needs; see `vblora_linear_`.
-
-    Raises:
-        ValueError: as `vblora_linear_`.
-    """
-    op = "vera_linear_" if checks.writes_in_place(x, base, "vera_linear") else "vera_linear"
-    arguments = (x, base, lambda_b, lambda_d, A, B)
-    chosen = _choose(op, arguments, dropout_p, training, backend, projected)
-    rest = chosen.dropout
-    if chosen.backend == "triton":
-        # The kernels take the projected input, which has the dropout in it, and both again for backward.
-        if projected is None:
-            with torch.no_grad():
-                projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
-        rest = (*projected, *rest)
-    with no_autocast(x.device.type):
-        return chosen.run(*arguments, *rest)
-
-
-def _choose(
-    op: str, arguments: tuple, dropout_p: float, training: bool, backend: str, projected: ProjectedInput | None
-) -> Choice:
-    x, base, lambda_b, lambda_d, A, B = arguments
     checks.check_tensors(x=x, base=base, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
     checks.check_vera(x, base, lambda_b, lambda_d, A, B)
     p = checks.dropout_in_force(dropout_p, training)
     if projected is not None:
         checks.check_projected_input(x, A, *projected, p)
-    return choose(op, backend, vera_sizes(lambda_d.shape[0]), p, *arguments)
+    base = settle_base(x, base, lambda_b, lambda_d, A, B)
+    arguments = (x, base, lambda_b, lambda_d, A, B)
+    chosen = choose("vera_linear", backend, vera_sizes(lambda_d.shape[0]), p, *arguments)
+    rest = chosen.dropout
+    if chosen.backend == "triton":
+        # The kernels take the projected input, which has the dropout in it, and both again for backward.
+        if projected is None:
+            with torch.no_grad():
+                projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
+        rest = (*projected, *rest)
+    with no_autocast(x.device.type):
+        return chosen.run(*arguments, *rest)

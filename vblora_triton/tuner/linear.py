@@ -6,26 +6,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from vblora_triton import ops
 from vblora_triton.ops import modes
 from vblora_triton.tuner.layer import BaseTunerLayer
 
 
-def may_write(base_layer: nn.Module, base: Tensor) -> bool:
-    """Say whether the base layer's result is nobody's but ours, so that the update may go into it.
+def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
+    """Return the weight and bias of a base layer whose product with x the op may compute itself; None for any other.
 
-    It is a plain linear's: neither its backward, nor a hook, nor selective checkpointing, nor another tensor that it is
-    a view of needs it. (torch makes it a view where there is a bias and x has three dimensions.)
+    It may where calling the module is nothing but that product, and nobody would notice: no subclass (quantised
+    layers are some), no replaced forward (offloading), no hooks (ZeRO-3), no training, no autocast to another dtype.
     """
-    return (
-        type(base_layer) is nn.Linear
-        and modes.is_plain(base)
-        and "forward" not in vars(base_layer)
-        and not base_layer._forward_hooks
-        and not torch.nn.modules.module._global_forward_hooks
-        and base._base is None
-        and base.is_contiguous()
-    )
+    everywhere = torch.nn.modules.module
+    if type(base_layer) not in (nn.Linear, Conv1D) or (
+        "forward" in vars(base_layer)
+        or base_layer._forward_hooks
+        or base_layer._forward_pre_hooks
+        or base_layer._backward_hooks
+        or base_layer._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    ):
+        return None
+    weight, bias = base_layer.weight, base_layer.bias
+    if not modes.is_plain(x, weight, bias) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if weight.requires_grad or (bias is not None and bias.requires_grad) or x.device != weight.device:
+        return None
+    return ops.FrozenLinear(weight.T if type(base_layer) is Conv1D else weight, bias)
 
 
 class AdaptedLinear(nn.Linear, BaseTunerLayer):
@@ -36,8 +48,8 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
     A method's layer says what the update is: `_add_update`, and `_delta` for the weight.
     """
 
-    def _add_update(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
-        """Return the base layer's result with an adapter's update added; `may_write` says if into `base` itself."""
+    def _add_update(self, adapter: str, x: Tensor, base: Tensor | ops.FrozenLinear) -> Tensor:
+        """Return the base layer's result, given or to be computed, with an adapter's update added."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -52,10 +64,11 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        for adapter in self.active_adapters:
-            if adapter in self.r and adapter not in self.merged_adapters:
-                y = self._add_update(adapter, x, y)
+        adapters = [name for name in self.active_adapters if name in self.r and name not in self.merged_adapters]
+        base = frozen_linear(self.base_layer, x) if adapters and not (args or kwargs) else None
+        y: Any = self.base_layer(x, *args, **kwargs) if base is None else base
+        for adapter in adapters:
+            y = self._add_update(adapter, x, y)
         return y
 
     def _delta(self, adapter: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vblora_triton import ops
 from vblora_triton.tuner.layer import BaseTunerLayer
-from vblora_triton.tuner.linear import AdaptedLinear, may_write
+from vblora_triton.tuner.linear import AdaptedLinear
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vblora.files import TopkLogits, logits_shapes
 from vblora_triton.vblora.selection import SelectionCache
@@ -176,23 +176,20 @@ class Linear(AdaptedLinear, VBLoRALayer):
             adapter_name, vblora_vector_bank, r, topk, num_vectors, vector_length, vblora_dropout, init_logits_std
         )
 
-    def _add_update(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
+    def _add_update(self, adapter: str, x: Tensor, base: Tensor | ops.FrozenLinear) -> Tensor:
         bank = self.vblora_vector_bank[adapter]
         # Of a model that is spread over devices, the one bank is elsewhere for some layers.
         bank = bank if bank.device == x.device else bank.to(x.device)
         options = self._op_options(self.vblora_dropout[adapter])
-        in_place = may_write(self.base_layer, base)
-        from_selection = ops.vblora_linear_selected_ if in_place else ops.vblora_linear_selected
         if adapter in self.vblora_topk:
             own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
-            return from_selection(x, base, *own.selection(), bank, **options)
+            return ops.vblora_linear_selected(x, base, *own.selection(), bank, **options)
         logits = (self.vblora_logits_A[adapter], self.vblora_logits_B[adapter])
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             selection = self._selections.get(adapter, *logits, self.topk[adapter], self.backend)
             if selection is not None:
-                return from_selection(x, base, *selection, bank, **options)
-        op = ops.vblora_linear_ if in_place else ops.vblora_linear
-        return op(x, base, *logits, bank, self.topk[adapter], **options)
+                return ops.vblora_linear_selected(x, base, *selection, bank, **options)
+        return ops.vblora_linear(x, base, *logits, bank, self.topk[adapter], **options)
 
     def train(self, mode: bool = True) -> Linear:
         """Switch between training and evaluation; what evaluation remembers of the logits is forgotten."""

@@ -42,32 +42,36 @@ def shared_inputs() -> Iterator[None]:
         _entries.reset(token)
 
 
-def may_share(x: Tensor, base: Tensor, backend: str) -> bool:
+def may_share(x: Tensor, base: Tensor | ops.FrozenLinear, backend: str) -> bool:
     """Say whether what x is projected to may be kept for other layers, and there is use for it.
 
     Args:
         x: the layer's input, without dropout.
-        base: the base layer's result.
+        base: the base layer's result, or the layer, where the op computes it.
         backend: of the layer.
     """
     # A compiler finds equal products itself, and what a mode looks at may be replayed in another order. On a CPU
     # PyTorch computes, which has no use for it, unless it was told to run the kernels.
     return (
-        is_plain(x, base)
+        is_plain(x, base if isinstance(base, Tensor) else None)
         and _entries.get() is not None
         and not x.is_inference()
         and not (x.is_cpu and resolve(backend) != "triton")
     )
 
 
-def find(x: Tensor, A: Tensor, base: Tensor) -> ops.ProjectedInput | None:
+def find(x: Tensor, A: Tensor, base: Tensor | ops.FrozenLinear) -> ops.ProjectedInput | None:
     """Return what another layer projected this very x to by A, if one did, for results in base's dtype."""
     entry = (_entries.get() or {}).get(id(A))
-    return entry.projected if entry and entry.base_dtype == base.dtype and entry.x.holds(x) else None
+    return entry.projected if entry and entry.base_dtype == _dtype(x, base) and entry.x.holds(x) else None
 
 
-def keep(x: Tensor, A: Tensor, base: Tensor, projected: ops.ProjectedInput | None) -> None:
+def keep(x: Tensor, A: Tensor, base: Tensor | ops.FrozenLinear, projected: ops.ProjectedInput | None) -> None:
     """Keep what x is projected to by A, one that the model keeps: it is held until the context ends."""
     entries = _entries.get()
     if entries is not None:
-        entries[id(A)] = _Entry(A, TensorState.of(x), base.dtype, projected)
+        entries[id(A)] = _Entry(A, TensorState.of(x), _dtype(x, base), projected)
+
+
+def _dtype(x: Tensor, base: Tensor | ops.FrozenLinear) -> torch.dtype:
+    return base.dtype if isinstance(base, Tensor) else x.dtype

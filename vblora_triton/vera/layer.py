@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vblora_triton import ops
 from vblora_triton.tuner.config import check_int
 from vblora_triton.tuner.layer import BaseTunerLayer
-from vblora_triton.tuner.linear import AdaptedLinear, may_write
+from vblora_triton.tuner.linear import AdaptedLinear
 from vblora_triton.vera import input_cache
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.projection import ProjectionDict
@@ -139,9 +139,8 @@ class Linear(AdaptedLinear, VeraLayer):
         self.train(base_layer.training)
         self.update_layer(adapter_name, vera_A, vera_B, config.r if r is None else r, config=config)
 
-    def _add_update(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
+    def _add_update(self, adapter: str, x: Tensor, base: Tensor | ops.FrozenLinear) -> Tensor:
         A, B = self._projections(adapter, x.device)
-        op = ops.vera_linear_ if may_write(self.base_layer, base) else ops.vera_linear
         lambdas = (self.vera_lambda_b[adapter], self.vera_lambda_d[adapter])
         options = self._op_options(self.vera_dropout[adapter])
         # A hook before the layer may have written into x and left no trace of it.
@@ -153,7 +152,7 @@ class Linear(AdaptedLinear, VeraLayer):
                 projected = ops.vera_project(x, A, base, backend=self.backend)
                 input_cache.keep(x, A, base, projected)
             options["projected"] = projected
-        return op(x, base, *lambdas, A, B, **options)
+        return ops.vera_linear(x, base, *lambdas, A, B, **options)
 
     def _projections(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         A, B = self.vera_A[adapter], self.vera_B[adapter]
