@@ -50,6 +50,17 @@ def test_output_and_gradients_are_those_of_the_logits(case):
             assert_as_exact_as_eager(value, eager, truth[name], case.dtype, f"{name}, {backend}")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_selection_may_have_gaps(backend):
+    tensors = [t.detach() for t in LinearCase(M=20, k=4).tensors().values()]
+    x, base, logits_A, logits_B, bank, _ = tensors
+    whole = ops.select(logits_A, logits_B, 4, backend=backend)
+    with_gaps = [t[..., :2] for t in whole]
+    expected = ops.vblora_linear_selected(x, base, *(t.clone() for t in with_gaps), bank, backend="reference")
+    y = ops.vblora_linear_selected(x, base, *with_gaps, bank, backend=backend)
+    torch.testing.assert_close(y, expected)
+
+
 def test_a_selection_is_checked_and_frozen():
     tensors = [t.detach() for t in LinearCase(M=2, K=16, N=24, b=8, h=5).tensors().values()]
     x, base, logits_A, logits_B, bank, _ = tensors

@@ -14,7 +14,7 @@ from tests.ops.vera_case import VeraCase
 from tests.tolerance import assert_as_exact_as_eager, relative_error
 from vblora_triton import ops
 from vblora_triton.kernels.launch import counted
-from vblora_triton.ops import reference
+from vblora_triton.ops import dispatch, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -246,6 +246,26 @@ def test_compose_operator_passes_opcheck(requires_grad):
     logits = torch.randn(2, 3, 5, device=DEVICE, requires_grad=requires_grad)
     bank = torch.randn(5, 8, device=DEVICE, requires_grad=requires_grad)
     torch.library.opcheck(torch.ops.vblora_triton.compose.default, (logits, bank, 2))
+
+
+def test_compose_operator_passes_opcheck_with_a_bank_that_has_gaps():
+    bank = torch.randn(8, 5, device=DEVICE).T.requires_grad_()
+    torch.library.opcheck(torch.ops.vblora_triton.compose.default, (torch.randn(3, 5, device=DEVICE), bank, 2))
+
+
+def test_batches_of_gradients_are_refused_by_name():
+    case = LinearCase(M=2, K=16, N=8, b=8, h=5)
+    tensors = case.tensors()
+    dys = torch.stack([tensors.pop("dy")] * 2)
+    y = ops.vblora_linear(*tensors.values(), case.k, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"vblora_linear takes no batches of gradients.*backend='reference'"):
+        torch.autograd.grad(y, tensors["x"], dys, is_grads_batched=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers")
+def test_fake_tensors_of_a_gpu_that_is_not_there_get_the_reference():
+    # A build of torch without CUDA cannot make them: this is what is asked about their device.
+    assert dispatch._why_no_kernels(torch.device("cuda")) == "there is no GPU"
 
 
 def test_second_derivative_is_refused():

@@ -137,7 +137,7 @@ def settle_base(x: Tensor, base: Tensor | FrozenLinear | None, *others: Tensor) 
         x.dtype == weight.dtype == (x.dtype if bias is None else bias.dtype)
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and modes.is_plain(x, weight, bias, *others)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not modes.is_autocast(x.device.type)
     )
     return base if own else F.linear(x, weight, bias)
 
@@ -217,6 +217,9 @@ def _why_no_kernels(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            # The tensors are fakes.
+            return "there is no GPU"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
         return None

@@ -54,12 +54,15 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not is_observed()
 
 
+def is_autocast(device_type: str) -> bool:
+    """Say whether autocast is on for such a device."""
+    # The meta device has no autocast to ask about; torch 2.11 cannot compile torch.amp.is_autocast_available.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside the context products keep their own dtypes: autocast is for the base model."""
-    # The meta device has no autocast to ask about; torch 2.11 cannot compile torch.amp.is_autocast_available.
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
 
 
 def below_autograd() -> AbstractContextManager[Any]:

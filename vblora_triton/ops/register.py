@@ -105,6 +105,10 @@ class Differentiable(Operator):
             @staticmethod
             @first_derivative_only
             def backward(ctx, dy):
+                if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
+                    raise NotImplementedError(
+                        f"{name} takes no batches of gradients (is_grads_batched) in Triton; use backend='reference'."
+                    )
                 needs = [position is not None and ctx.needs_input_grad[position] for position in gradients]
                 grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
                 if any(needs):

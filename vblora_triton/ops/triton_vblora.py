@@ -315,7 +315,7 @@ def _compose_bwd(
 def _compose_bwd_fake(
     d_out: Tensor, indices: Tensor, weights: Tensor, bank: Tensor, shape: list[int], dtype: torch.dtype, needs: Any
 ) -> list[Tensor]:
-    grads = (d_out.new_empty(tuple(shape), dtype=dtype), torch.empty_like(bank))
+    grads = (d_out.new_empty(tuple(shape), dtype=dtype), bank.new_empty(bank.shape))
     return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 

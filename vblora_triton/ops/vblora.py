@@ -149,6 +149,8 @@ def vblora_linear_selected(
     # To torch.jit.trace sizes are tensors.
     r, topk = int(indices_A.shape[0]), int(indices_A.shape[2])
     checks.check_topk(topk, vector_bank.shape[0])
+    # Backends read them as rows without gaps.
+    indices_A, weights_A, indices_B, weights_B = (t.contiguous() for t in (indices_A, weights_A, indices_B, weights_B))
     p = checks.dropout_in_force(dropout_p, training)
     base = settle_base(x, base, weights_A, weights_B, vector_bank)
     chosen = choose(

@@ -33,7 +33,7 @@ def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
     ):
         return None
     weight, bias = base_layer.weight, base_layer.bias
-    if not modes.is_plain(x, weight, bias) or torch.is_autocast_enabled(x.device.type):
+    if not modes.is_plain(x, weight, bias) or modes.is_autocast(x.device.type):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad) or x.device != weight.device:
         return None

@@ -18,7 +18,7 @@ class SelectionCache:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[TensorState, TensorState, int, ops.Selection]] = {}
+        self._known: dict[str, tuple[TensorState, TensorState, tuple[int, int], ops.Selection]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # Copies and pickles start empty.
@@ -27,15 +27,19 @@ class SelectionCache:
     def get(self, adapter: str, logits_A: Tensor, logits_B: Tensor, topk: int, backend: str) -> ops.Selection | None:
         """Return the adapter's selection, made now if it has changed; None where it may not be remembered."""
         logits = (logits_A, logits_B)
-        # What a graph captures it must compute itself, each time that it is replayed.
-        captured = logits_A.is_cuda and torch.cuda.is_current_stream_capturing()
-        if captured or any(t.requires_grad or t.is_inference() for t in logits) or not is_plain(*logits):
+        if any(t.requires_grad or t.is_inference() for t in logits) or not is_plain(*logits):
             self._known.pop(adapter, None)
             return None
+        if logits_A.is_cuda and torch.cuda.is_current_stream_capturing():
+            # What a graph captures it must compute itself, each time that it is replayed; by the same two steps, whose
+            # kernels the calls before have compiled.
+            return ops.select(logits_A, logits_B, topk, backend=backend)
+        # On another stream the kernel that selects may not have run yet.
+        stream = torch.cuda.current_stream(logits_A.device).cuda_stream if logits_A.is_cuda else 0
         known = self._known.get(adapter)
-        if known is None or not (known[0].holds(logits_A) and known[1].holds(logits_B) and known[2] == topk):
+        if known is None or not (known[0].holds(logits_A) and known[1].holds(logits_B) and known[2] == (topk, stream)):
             selection = ops.select(logits_A, logits_B, topk, backend=backend)
-            known = (TensorState.of(logits_A), TensorState.of(logits_B), topk, selection)
+            known = (TensorState.of(logits_A), TensorState.of(logits_B), (topk, stream), selection)
             self._known[adapter] = known
         return known[3]
 
