@@ -95,7 +95,7 @@ def _add_rows(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partials_A", "partials_B"])
 def _parameter_grads_kernel(
     DA_ptr,
     DB_ptr,

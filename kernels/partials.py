@@ -33,7 +33,7 @@ def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_p)
     return load_partials(v_ptrs, 0, mask, partials, stride_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "partials", "stride_p"])
 def _sum_partials_kernel(V_ptr, Out_ptr, numel, partials, stride_p, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
