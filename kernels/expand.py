@@ -13,7 +13,7 @@ from .select import select_tiles
 from .split import dot, left_term, right_term, sum_copies, term
 
 
-@triton.jit(do_not_specialize=["M", "partials", "stride_sp"])
+@triton.jit(do_not_specialize=["M", "stride_sp"], do_not_specialize_on_alignment=["partials"])
 def _expand_fwd_kernel(
     S_ptr,
     Base_ptr,

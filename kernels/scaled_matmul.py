@@ -73,7 +73,7 @@ def accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "blocks_each", "partials", "stride_xp"])
+@triton.jit(do_not_specialize=["M", "blocks_each", "stride_xp"], do_not_specialize_on_alignment=["partials"])
 def _scaled_matmul_kernel(
     X_ptr,
     W_ptr,

@@ -135,12 +135,13 @@ def blocks_each(blocks: int, r: int) -> int:
     return max(1, min(blocks, r // 3))
 
 
-def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
+def parameter_grads(H: int, vector_length: int, topk: int, entries: int) -> dict[str, int]:
+    """For a bank (H, vector_length), and at most `entries` indices of the rows of A or of B."""
     k_pad = power_of_2(topk)
     return {
-        "BLOCK_V": 32,
-        "BLOCK_E": 16,
-        "BLOCK_C": max(16, min(power_of_2(vector_length), 64)),
+        "MATCHES": 4,
+        "BLOCK_E": max(16, min(power_of_2(entries), 128)),
+        "BLOCK_C": max(16, min(power_of_2(vector_length), 256)),
         "BLOCK_ROW": max(16, min(power_of_2(vector_length), 512 // k_pad)),
         "BLOCK_H": max(16, min(power_of_2(H), 512 // k_pad)),
         "num_warps": 4,
@@ -148,7 +149,7 @@ def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
 
 
 def sum_partials() -> dict[str, int]:
-    return {"BLOCK": 1024, "num_warps": 4}
+    return {"AHEAD": 32, "BLOCK": 128, "num_warps": 4}
 
 
 def compose(vector_length: int) -> dict[str, int]:
