@@ -16,7 +16,8 @@ from bench.cases import Case
 from bench.device import Cpu
 from bench.providers import ours
 from bench.report import NOTHING, render
-from tools.forecast import compare
+from tools.forecast import compare, predict
+from tools.forecast.machine_code import Instruction
 from tools.forecast.program import follow
 from tools.forecast.source import UndeclaredError
 from tools.kernels_report import launch_all, launch_all_vera
@@ -116,6 +117,21 @@ def test_a_wrong_declaration_is_refused_with_its_kernel_and_text(tmp_path, decla
         count(tmp_path, f"for start in {declared}")
     assert "_looping_kernel: the loop at kernel_" in str(error.value)
     assert declared.partition("trips: ")[2] in str(error.value)
+
+
+def test_a_loop_without_a_declaration_stops_with_its_kernel_file_line_and_text(tmp_path):
+    kernel = write_kernel(tmp_path, "for start in range(0, found):")
+    arguments = {"X_ptr": torch.empty(8), "Y_ptr": torch.empty(8), "M": 100, "N": 7, "BLOCK": 32}
+    file, number = Path(kernel.fn.__code__.co_filename).name, 12
+    code = [
+        Instruction(op, op, op, (file, number), predicate, None, 1, 7, 7, 0, target=target)
+        for op, predicate, target in (("MOV", None, None), ("BRA", "P0", 0), ("EXIT", None, None))
+    ]
+    call = SimpleNamespace(kernel=kernel, compiled=SimpleNamespace(kernel="_looping_kernel"))
+    found = follow(kernel, (4,), arguments, (0,))
+    with pytest.raises(UndeclaredError, match=f"_looping_kernel: .* {file}:{number} ") as error:
+        predict._trips(code, call, found)
+    assert "for start in range(0, found):" in str(error.value)
 
 
 def test_a_small_case_is_forecast_end_to_end_and_no_kernel_is_below_its_floor(tmp_path):

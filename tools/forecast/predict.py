@@ -115,21 +115,19 @@ def _followed(call: Launch, code: Code) -> tuple[list[list[list[int]]], Found]:
     Programs are dealt to multiprocessors in turn. Of a large launch a few multiprocessors stand for all.
     """
     programs = math.prod(call.grid)
-    each = cdiv(programs, MULTIPROCESSORS)
-    chosen = range(0, min(programs, MULTIPROCESSORS), max(1, min(33, cdiv(programs, FOLLOWED))))
     known: dict[str, list[int]] = {}
     shares: list[list[list[int]]] = []
-    for first in chosen:
+    for first in range(0, min(programs, MULTIPROCESSORS), min(33, cdiv(programs, FOLLOWED))):
+        numbers = range(first, programs, MULTIPROCESSORS)
         share: list[list[int]] = []
-        for number in range(first, programs, MULTIPROCESSORS)[: max(SIMULATED * 4, 1)]:
+        for number in numbers[: 4 * SIMULATED]:
             found = follow(call.kernel, call.grid, call.arguments, _number(number, call.grid))
             key = repr((found.trips, found.conditions))
             if key not in known:
                 known[key] = machine_code.trace(code, _trips(code, call, found), _decided(code, call, found))
             share.append(known[key])
-        # As long as it is: what was not followed is as what was.
-        shares.append(list(itertools.islice(itertools.cycle(share), len(range(first, programs, MULTIPROCESSORS)))))
-    assert each >= len(shares[-1])
+        # Those that were not followed are as those that were.
+        shares.append(list(itertools.islice(itertools.cycle(share), len(numbers))))
     return shares, found
 
 
