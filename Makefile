@@ -13,7 +13,7 @@ ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_
 	tests/test_auto.py tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora \
 	tests/vera tests/documented tests/integrations
 
-.PHONY: help demo test test-without-peft check fix bench report kernels-report peft-suite gpu clean
+.PHONY: help demo test test-without-peft check fix bench report kernels-report forecast host peft-suite gpu clean
 
 help:
 	@echo "make demo    fine-tune a small model with VB-LoRA, save, reload and merge it; writes build/demo/"
@@ -22,6 +22,8 @@ help:
 	@echo "make bench   measure beside PEFT and the base alone; without a GPU what a CPU can say (BENCH=options)"
 	@echo "make report  put what bench/results/ holds into the README"
 	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
+	@echo "make forecast   forecast the time of every kernel on a Hopper GPU, without one (FORECAST=options)"
+	@echo "make host    time of Python per adapted linear, launches left out, beside PEFT's"
 	@echo "make peft-suite   PEFT's own tests of VB-LoRA and VeRA, with its layers and patched; fetches them with pip"
 	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"
@@ -62,6 +64,14 @@ report: $(INSTALLED)
 
 kernels-report: $(VENV)/.installed
 	$(PY) -m tools.kernels_report
+
+# Never a measurement: tools/forecast/README.md. `python -m tools.forecast --help` has the options.
+FORECAST ?= --json bench/results/forecast.json
+forecast: $(VENV)/.installed
+	$(PY) -m tools.forecast $(FORECAST)
+
+host: $(VENV)/.installed
+	$(PY) -m tools.forecast.host --json bench/results/host.json
 
 # Goes on where an earlier run stopped: `make clean`, or --fresh, forgets it.
 peft-suite: $(VENV)/.installed

@@ -19,7 +19,7 @@ PEFT_LAUNCHES = {"fwd": 21, "bwd": 46}
 PEFT_GAP = {"fwd": 4e-6, "bwd": 1.7e-6}
 # Bytes of an element of bf16, which the plans are computed for.
 WIDTH = 2
-PLANS = ("separate", "grouped", "epilogue")
+PLANS = ("module", "owned", "shared")
 
 Shape = tuple[int, int]
 # Linears that read the same x: q, k and v; o; gate and up; down.
@@ -61,6 +61,11 @@ def base_time(shapes: Sequence[Shape], M: int, rates: Rates) -> float:
     return sum(max(2 * M * K * N / rates.matmul, WIDTH * (M * K + K * N + M * N) / rates.copy) for K, N in shapes)
 
 
+def added_by_autograd(K: int, M: int) -> int:
+    """Bytes of the addition that autograd makes of an op's own dx to the base's: it reads both and writes a third."""
+    return 3 * WIDTH * M * K
+
+
 class Floor(NamedTuple):
     """What a case cannot do without: operations, bytes, and so seconds."""
 
@@ -98,37 +103,56 @@ def must_take(
     return Floor(sum(operations for operations, _ in passes), sum(moved for _, moved in passes), seconds)
 
 
-def _launches(groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str) -> list[float]:
-    """Bytes that each kernel of a plan moves for the update of VB-LoRA."""
-    if plan == "separate":
-        groups = [(shape,) for shape in flat(groups)]
-    kernels: list[float] = []
-    for group in groups:
-        K, outs = group[0][0], [N for _, N in group]
-        if direction == "fwd":
-            # shrink reads x; expand reads y and writes it, unless the base's product does it in passing.
-            kernels.append(WIDTH * M * K)
-            kernels += [] if plan == "epilogue" else [2 * WIDTH * M * sum(outs)]
-        else:
-            # Each dy comes when it comes, in a pass of its own. Then one pass reads x and updates dx.
-            kernels += [WIDTH * M * N for N in outs]
-            kernels.append(WIDTH * M * K * (1 if plan == "epilogue" else 3))
-    return kernels
+def _launches(group: Sequence[Shape], M: int, direction: str, plan: str, dropout: bool) -> list[int]:
+    """Bytes that each kernel of a plan moves for the update of VB-LoRA of linears that read one x."""
+    K, outs = group[0][0], [N for _, N in group]
+    if direction == "fwd":
+        # shrink reads x; expand writes y, and reads the base's where that was made before. The seed is drawn alone.
+        expand = [WIDTH * M * N * (2 if plan == "module" else 1) for N in outs]
+        return [WIDTH * M * K, *expand, *([0] if dropout else [])]
+    # Each dy comes when it comes, in a pass of its own. Then one pass reads x and writes dx, which autograd adds to the
+    # base's where that is another.
+    added = [added_by_autograd(K, M)] if plan == "module" else []
+    return [*(WIDTH * M * N for N in outs), 2 * WIDTH * M * K, *added]
 
 
-def overhead(groups: Sequence[Sequence[Shape]], M: int, direction: str, plan: str, rates: Rates) -> float:
+def overhead(
+    groups: Sequence[Sequence[Shape]],
+    M: int,
+    direction: str,
+    plan: str,
+    rates: Rates,
+    *,
+    hidden: bool = True,
+    dropout: bool = False,
+) -> float:
     """Time of the adapted linears over that of the frozen base alone, for VB-LoRA under a plan of kernels.
 
     1 + sum over kernels of max(LAUNCH, bytes / copy) / base_time
 
+    Backward, the base's time has what autograd adds up where its linears share x.
+
     Args:
         groups: linears, those that read the same x together.
         direction: "fwd" or "bwd".
-        plan: "separate" (two kernels per linear and direction), "grouped" (linears that share x share the kernels that
-            read it), "epilogue" (and what touches y or dx happens inside the base's product).
+        plan: "module" (the base is called as a module: two kernels per linear and direction, and autograd's addition
+            of dx), "owned" (the base's product goes on in place where the update was written), "shared" (and linears
+            that share x share the kernels that read it, and one dx).
+        hidden: the base's product reads y or dx under its own arithmetic; else that costs what its bytes cost.
+        dropout: its seed is drawn by a launch of its own for each shrink.
     """
-    extra = sum(max(LAUNCH, moved / rates.copy) for moved in _launches(groups, M, direction, plan))
-    return 1 + extra / base_time(flat(groups), M, rates)
+    sums = sum((len(group) - 1) * added_by_autograd(group[0][0], M) for group in groups) / rates.copy
+    if direction == "fwd":
+        sums = 0.0
+    apart = groups if plan == "shared" else [(shape,) for shape in flat(groups)]
+    kernels = [moved for group in apart for moved in _launches(group, M, direction, plan, dropout)]
+    extra = sum(max(LAUNCH, moved / rates.copy) for moved in kernels)
+    if plan == "shared":
+        # One dx has no sums.
+        extra -= sums
+    if plan != "module" and not hidden:
+        extra += sum(WIDTH * M * (N if direction == "fwd" else K) for K, N in flat(groups)) / rates.copy
+    return 1 + extra / (base_time(flat(groups), M, rates) + sums)
 
 
 def peft_overhead(shapes: Sequence[Shape], M: int, direction: str, rates: Rates) -> float:

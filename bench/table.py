@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from bench.floors import PLANS
 from bench.records import Record, is_ours
 
 COLUMNS = ("provider", "ms", "20 %..80 %", "/ base", "/ PEFT", "floor", "launches", "MiB", "error")
@@ -96,7 +97,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 def show_floors(rows: list[dict[str, float]], stream: Any = None) -> None:
     """Print what plans of kernels cost over the base alone."""
     stream = stream or sys.stdout
-    plans = ("peft", "separate", "grouped", "epilogue")
+    plans = ("peft", *PLANS)
     print("One layer of Llama-2-7B over its frozen base alone, computed: forward / backward", file=stream)
     print(f"{'tokens':>8}" + "".join(f"{plan:>16}" for plan in plans), file=stream)
     for entry in rows:

@@ -62,7 +62,7 @@ def _expand_fwd_kernel(
     offs_p = tl.arange(0, PAIRS * P_PAD)
     offs_i = offs_p % P_PAD
     mask_i = offs_i < R
-    s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp)
+    s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp)  # l2: bytes / PAIRS
     if STotal_ptr is not None:
         # Backward wants the sum of the partials; the first column of programs writes it, from its first pair.
         total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
@@ -87,7 +87,7 @@ def _expand_fwd_kernel(
         )
     b = mix(
         Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_N, stride_i=1, stride_t=stride_t
-    )  # (PAIRS * P_PAD, BLOCK_N)
+    )  # (PAIRS * P_PAD, BLOCK_N); l2: bytes / PAIRS
     s = term(s, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
     b = term(b, right_term(offs_p // P_PAD)[:, None], SPLITS)
     y = tl.dot(s, b, input_precision=INPUT_PRECISION)
@@ -146,7 +146,7 @@ def _expand_bwd_kernel(
         if DS_ptr is not None:
             b = mix(
                 Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_C, stride_i=1, stride_t=R
-            )  # (COPIES * R_PAD, BLOCK_C)
+            )  # (COPIES * R_PAD, BLOCK_C); l2: bytes / COPIES
             b = tl.trans(term(b, copy[:, None], SPLITS))
         acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
         for start_m in range(first_m, tl.minimum(M, first_m + blocks_m * BLOCK_M), BLOCK_M):
@@ -164,7 +164,9 @@ def _expand_bwd_kernel(
                     ds += tl.load(ds_ptrs, mask=mask_mr & (block > 0), other=0.0)
                 tl.store(ds_ptrs, ds, mask=mask_mr)
             if DB_ptr is not None:
-                s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)
+                s = load_rank_tile(
+                    S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0
+                )  # l2: bytes / COPIES
                 s = term(s, copy[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
                 acc_db = dot(tl.trans(dy), s, acc_db, INPUT_PRECISION)
         if DB_ptr is not None:

@@ -87,7 +87,7 @@ def _shrink_fwd_kernel(
             x = tl.where(keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K), x, 0.0)
         a = mix(
             Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_k, K, VECTOR, TOPK, BLOCK_K, stride_i=tiles, stride_t=1
-        )  # (COPIES * R_PAD, BLOCK_K)
+        )  # (COPIES * R_PAD, BLOCK_K); l2: bytes / COPIES
         acc = dot(x, tl.trans(term(a, (offs_n // R_PAD)[:, None], SPLITS)), acc, INPUT_PRECISION)
     offs_r = tl.arange(0, R_PAD)
     s_ptrs = S_ptr + (partial.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
@@ -147,7 +147,7 @@ def _shrink_bwd_kernel(
     if DX_ptr is not None:
         a = mix(
             Bank_ptr, Idx_ptr, W_ptr, offs_pi, mask_pi, start_k, K, VECTOR, TOPK, BLOCK_C, stride_i=tiles, stride_t=1
-        )  # (PAIRS * P_PAD, BLOCK_C)
+        )  # (PAIRS * P_PAD, BLOCK_C); l2: bytes / max(COPIES, PAIRS)
         a = term(a, right_term(offs_p // P_PAD)[:, None], SPLITS)
     acc_da = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
     first_m = chunk * blocks_each * BLOCK_M
@@ -162,11 +162,13 @@ def _shrink_bwd_kernel(
             x = tl.load(x_ptrs, mask=mask_mk, other=0.0)  # (BLOCK_M, BLOCK_C)
             if Seed_ptr is not None:
                 x = tl.where(keep, x, 0.0)
-            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)
+            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)  # l2: bytes / COPIES
             ds = term(ds, (offs_n // R_PAD)[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
             acc_da = dot(tl.trans(x), ds, acc_da, INPUT_PRECISION)
         if DX_ptr is not None:
-            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_pi, mask_pi, R, partials=1, stride_p=0)
+            ds = load_rank_tile(
+                DS_ptr, offs_m, mask_m, offs_pi, mask_pi, R, partials=1, stride_p=0
+            )  # l2: bytes / PAIRS
             ds = term(ds, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
             dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)
             if Seed_ptr is not None:

@@ -98,7 +98,7 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
 def _read(kernel: Any, target: str, arguments: dict[str, Any]) -> Compiled:
     if "cubin" in kernel.asm:
         binary = kernel.asm["cubin"]
-        usage = _cuda_tool("cuobjdump", "--dump-resource-usage", binary)
+        usage = cuda_tool("cuobjdump", binary, "--dump-resource-usage")
         registers, spills = _number("REG:", usage), _number("STACK:", usage) + _number("LOCAL:", usage)
     else:
         usage = kernel.asm["amdgcn"]
@@ -118,12 +118,13 @@ def _number(label: str, text: str) -> int:
 
 def sass(compiled: Compiled) -> str:
     """The machine code of a kernel compiled for NVIDIA, disassembled."""
-    return _cuda_tool("nvdisasm", "--print-code", compiled.binary)
+    return cuda_tool("nvdisasm", compiled.binary, "--print-code")
 
 
-def _cuda_tool(name: str, option: str, cubin: bytes) -> str:
+def cuda_tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of the tools in Triton's wheel prints about a cubin."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tools / name, option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tools / name, *options, file.name], capture_output=True, text=True, check=True).stdout

@@ -3,7 +3,8 @@
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,32 +18,73 @@ TOKENS = (1, 256, 4096, 16384)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def launch_all(
+class Passes(NamedTuple):
+    """Both passes of one adapted linear on meta tensors.
+
+    given: what the passes are given, the activations among it first. forward: what `backward` wants of it, y first.
+    """
+
+    given: tuple[torch.Tensor, ...]
+    forward: Callable[[], tuple[torch.Tensor, ...]]
+    backward: Callable[[tuple[torch.Tensor, ...]], list[torch.Tensor]]
+
+
+def vblora_passes(
     K: int, N: int, M: int, h: int, dtype: torch.dtype, *, r: int = 4, b: int = 256, k: int = 2, p: float = 0.0
-):
-    """Forward and backward of one adapted linear, and a composition, on meta tensors: every launch that ships."""
+) -> Passes:
+    """Forward and backward of one linear adapted by VB-LoRA."""
     meta = {"device": "meta"}
     x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
     logits_A, logits_B = torch.empty(r, K // b, h, **meta), torch.empty(N // b, r, h, **meta)
     bank = torch.empty(h, b, **meta)
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
     linear = triton_vblora.linear
-    y, s, *selection = linear.fwd.unobserved(x, base, logits_A, logits_B, bank, k, p, seed)
-    triton_vblora.linear_selected.fwd.unobserved(x, base, *selection, bank, p, seed)
-    linear.bwd.unobserved(y, x, s, *selection, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
+
+    def backward(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        dy, *saved = found
+        return linear.bwd.unobserved(dy, x, *saved, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
+
+    return Passes(
+        (x, base, logits_A, logits_B, bank),
+        lambda: linear.fwd.unobserved(x, base, logits_A, logits_B, bank, k, p, seed),
+        backward,
+    )
+
+
+def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0) -> Passes:
+    """Forward and backward of one linear adapted by VeRA."""
+    meta = {"device": "meta"}
+    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
+    _, _, A, _ = frozen = tuple(torch.empty(shape, **meta) for shape in ((N,), (r,), (r, K), (N, r)))
+    seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
+    linear = triton_vera.linear
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
+        return *linear.fwd.unobserved(x, base, *frozen, *projected, p, seed), *projected
+
+    def backward(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        dy, *projected = found
+        return linear.bwd.unobserved(dy, *frozen, *projected, list(x.shape), dtype, p, seed, [True] * 3)
+
+    return Passes((x, base, *frozen), forward, backward)
+
+
+def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2, p: float = 0.0, **sizes: int):
+    """Forward and backward of one adapted linear, and a composition, on meta tensors: every launch that ships."""
+    passes = vblora_passes(K, N, M, h, dtype, k=k, p=p, **sizes)
+    x, base, logits_A, _, bank = passes.given
+    found = passes.forward()
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
+    triton_vblora.linear_selected.fwd.unobserved(x, base, *found[2:], bank, p, seed)
+    passes.backward(found)
     triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
 
 
-def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0):
+def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, **sizes: Any):
     """Forward and backward of one linear adapted by VeRA, on meta tensors: every launch that ships."""
-    meta = {"device": "meta"}
-    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
-    lambda_b, lambda_d, A, B = (torch.empty(shape, **meta) for shape in ((N,), (r,), (r, K), (N, r)))
-    seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
-    projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
-    linear, frozen = triton_vera.linear, (lambda_b, lambda_d, A, B, *projected)
-    (y,) = linear.fwd.unobserved(x, base, *frozen, p, seed)
-    linear.bwd.unobserved(y, *frozen, list(x.shape), dtype, p, seed, [True] * 3)
+    passes = vera_passes(K, N, M, dtype, **sizes)
+    passes.backward(passes.forward())
 
 
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.

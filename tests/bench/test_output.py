@@ -222,7 +222,7 @@ class TestCommand:
 
     def test_floors_are_printed(self, capsys):
         assert main(["--floors"]) == 0
-        assert "1.11 / 1.14" in capsys.readouterr().out
+        assert "1.11 / 1.19" in capsys.readouterr().out
 
     def test_rehearsal_writes_results_pictures_and_a_header(self, tmp_path, capsys):
         path = tmp_path / "results.json"

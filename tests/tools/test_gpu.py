@@ -47,7 +47,7 @@ def test_later_parts_join_the_earlier_ones_within_the_time_of_one_command(monkey
     assert {name: found[name]["commit"] for name in ("tests", "times")} == {"tests": "abc", "times": "def"}
     assert given == [560, 560]
     assert run(monkeypatch, tmp_path).keys() == {"environment", *gpu.PARTS}
-    assert given[2:] == [336, 280, 560]
+    assert given[2:] == [280, 187, 280, 560]
 
 
 def test_times_are_of_the_commit_that_was_given_and_none_of_ours_may_fail(monkeypatch, tmp_path):

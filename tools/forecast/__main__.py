@@ -1,0 +1,167 @@
+"""Forecast the time of every kernel of an adapted transformer block on a Hopper GPU, without one: `make forecast`.
+
+The kernels are compiled for sm_90 and their machine code is run through a model of one multiprocessor. What comes out
+is a forecast and never a measurement; README.md beside this file says what it is good for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.cases import LINEARS as SHAPES
+from bench.environment import environment
+from bench.floors import H200, added_by_autograd, base_time
+from tools.forecast import predict
+from tools.forecast.launches import HOT, collect
+from tools.forecast.source import UndeclaredError
+
+# The linears of one block of Llama-2-7B: (in, out), and how many there are of each.
+LINEARS = {name: (SHAPES[f"llama2_7b_{name}"], count) for name, count in (("q", 4), ("gate", 2), ("down", 1))}
+# µs of autograd's addition of a dx that is in L2.
+ADDED_IN_L2 = 3.0
+# Out of L2, bytes per second: the low end of what is likely.
+L2 = 5.5e12
+# Method, rank and tokens of the blocks that are forecast where the options name none.
+BLOCKS = (("vblora", 4, 256), ("vblora", 4, 4096), ("vera", 256, 4096))
+
+
+def forecast(
+    method: str, r: int, M: int, linears: list[str], rates: predict.Rates, *, h: int = 256, p: float = 0.0
+) -> list[dict[str, Any]]:
+    """A row for each launch of these linears: which one, and what `predict` says."""
+    rows: list[dict[str, Any]] = []
+    known: dict[str, dict[str, Any]] = {}
+    for name in linears:
+        (K, N), count = LINEARS[name]
+        for side, calls in collect(method, K, N, M, r=r, h=h, p=p).items():
+            for call in calls:
+                # Two launches may be the same, as those of k and v.
+                key = repr((call.compiled.kernel, call.grid, sorted(call.activations), call.arguments))
+                if key not in known:
+                    known[key] = predict.predict(call, rates)
+                row = {"method": method, "r": r, "tokens": M, "linear": name, "count": count, "side": side} | known[key]
+                rows.append(row)
+                print(_line(row), flush=True)
+    return rows
+
+
+def block(rows: list[dict[str, Any]], rates: predict.Rates, *, dx_added: bool) -> dict[str, Any]:
+    """One side of the block: its time over the frozen base's, if every launch took its floor too, and µs by kernel.
+
+    Args:
+        rows: of one method, number of tokens and side.
+        dx_added: autograd adds the dx of the op to the base's.
+    """
+    first = rows[0]
+    M, linears = first["tokens"], {row["linear"] for row in rows}
+    chip = replace(H200, copy=rates.dram)
+    shapes = [shape for name, (shape, count) in LINEARS.items() if name in linears for _ in range(count)]
+    base = base_time(shapes, M, chip) * 1e6
+    kernels: dict[str, float] = {}
+    for row in rows:
+        kernels[row["kernel"]] = kernels.get(row["kernel"], 0.0) + row["count"] * row["us"]
+    if first["side"] == "backward" and dx_added:
+        kernels["autograd's addition of dx"] = sum(
+            added_by_autograd(K, M) / chip.copy * 1e6 + predict.NODE if M > HOT else ADDED_IN_L2 for K, _ in shapes
+        )
+    floor = sum(row["count"] * row["floor"] for row in rows)
+    return {
+        **{key: first[key] for key in ("method", "r", "tokens", "side")},
+        "ratio": 1 + sum(kernels.values()) / base,
+        "floors": 1 + floor / base,
+        "base_us": base,
+        "kernels_us": kernels,
+    }
+
+
+def blocks(rows: list[dict[str, Any]], rates: predict.Rates, *, dx_added: bool) -> list[dict[str, Any]]:
+    """`block` of each method, number of tokens and side."""
+    keys = ("method", "r", "tokens", "side")
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [block(group, rates, dx_added=dx_added) for group in groups.values()]
+
+
+_HEAD = (
+    f"{'method':7} {'tokens':>6} {'linear':6} {'side':8} {'kernel':24} {'grid':>10} {'regs':>4} {'shared':>7} "
+    f"{'instr/warp':>10} {'µs':>7} {'floor':>7}  binds"
+)
+
+
+def _line(row: dict[str, Any]) -> str:
+    grid = "x".join(map(str, row["grid"]))
+    spilled = f"; {row['spills']} bytes spilled" if row["spills"] else ""
+    return (
+        f"{row['method']:7} {row['tokens']:6} {row['linear']:6} {row['side']:8} {row['kernel'].strip('_'):24} "
+        f"{grid:>10} {row['registers']:4} {row['shared']:7} {row['instructions']:10} {row['us']:7.1f} "
+        f"{row['floor']:7.1f}  {row['binds']}{spilled}"
+    )
+
+
+def _summary(found: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name.strip('_')} {us:.1f}" for name, us in found["kernels_us"].items())
+    return (
+        f"{found['method']:7} r {found['r']}, {found['tokens']} tokens, {found['side']:8}: {found['ratio']:.2f} "
+        f"(floors alone {found['floors']:.2f}); base {found['base_us']:.1f} µs, kernels {parts}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(prog="python -m tools.forecast", description=__doc__)
+    made.add_argument("--method", choices=("vblora", "vera"), help="default: both")
+    made.add_argument("--tokens", type=int, nargs="+", help="default: 256 and 4096 for vblora, 4096 for vera")
+    made.add_argument("--r", type=int, help="default: 4 for vblora, 256 for vera")
+    made.add_argument("--vectors", type=int, default=256, help="of VB-LoRA's bank, each of 256 elements")
+    made.add_argument("--dropout", type=float, default=0.0)
+    made.add_argument("--linears", nargs="+", choices=list(LINEARS), default=list(LINEARS))
+    made.add_argument("--dram", type=float, default=4.3, help="10^12 bytes/s of a long stream: 4.3 H200, 3.0 H100")
+    made.add_argument("--l2", type=float, default=L2 / 1e12, help="10^12 bytes/s out of L2: 5.5 to 9 is likely")
+    made.add_argument(
+        "--dx-added-by-autograd",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="count autograd's addition of the dx that an op returns to the base's (6 M K bytes)",
+    )
+    made.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    rates = predict.Rates(options.dram * 1e12, options.l2 * 1e12)
+    chosen = [
+        (method, options.r or r, M)
+        for method, r, tokens in BLOCKS
+        if options.method in (None, method)
+        for M in ([tokens] if options.tokens is None else options.tokens)
+    ]
+    print(
+        f"FORECAST, not measured: bf16, dropout {options.dropout}, DRAM {options.dram}, L2 {options.l2} TB/s\n{_HEAD}"
+    )
+    rows: list[dict[str, Any]] = []
+    try:
+        for method, r, M in dict.fromkeys(chosen):
+            rows += forecast(method, r, M, options.linears, rates, h=options.vectors, p=options.dropout)
+    except UndeclaredError as error:
+        print(error)
+        return 2
+    found = blocks(rows, rates, dx_added=options.dx_added_by_autograd)
+    print("\nFORECAST, not measured, of one transformer block: its time over the frozen base's")
+    print("\n".join(_summary(one) for one in found))
+    if options.json:
+        made = {key: environment()[key] for key in ("python", "torch", "triton", "commit", "date")}
+        what = {"what": "a forecast by tools.forecast, not a measurement", "made_by": made}
+        assumed = {"dram": rates.dram, "l2": rates.l2, "dropout": options.dropout, "vectors": options.vectors}
+        text = json.dumps(what | {"assumed": assumed, "blocks": found, "launches": rows}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
