@@ -14,15 +14,13 @@ from typing import Any
 
 from bench.cases import LINEARS as SHAPES
 from bench.environment import environment
-from bench.floors import H200, added_by_autograd, base_time
+from bench.floors import H200, base_time
 from tools.forecast import predict
 from tools.forecast.launches import HOT, collect
 from tools.forecast.source import UndeclaredError
 
 # The linears of one block of Llama-2-7B: (in, out), and how many there are of each.
 LINEARS = {name: (SHAPES[f"llama2_7b_{name}"], count) for name, count in (("q", 4), ("gate", 2), ("down", 1))}
-# µs of autograd's addition of a dx that is in L2.
-ADDED_IN_L2 = 3.0
 # Out of L2, bytes per second: the low end of what is likely.
 L2 = 5.5e12
 # Method, rank and tokens of the blocks that are forecast where the options name none.
@@ -49,12 +47,14 @@ def forecast(
     return rows
 
 
-def block(rows: list[dict[str, Any]], rates: predict.Rates, *, dx_added: bool) -> dict[str, Any]:
+def block(rows: list[dict[str, Any]], rates: predict.Rates) -> dict[str, Any]:
     """One side of the block: its time over the frozen base's, if every launch took its floor too, and µs by kernel.
+
+    The base product adds to the y, or dx, that a kernel has written. "ratio" counts that it reads it as a pass of its
+    own, "hidden" that it does so under its own arithmetic; the truth lies between.
 
     Args:
         rows: of one method, number of tokens and side.
-        dx_added: autograd adds the dx of the op to the base's.
     """
     first = rows[0]
     M, linears = first["tokens"], {row["linear"] for row in rows}
@@ -64,27 +64,29 @@ def block(rows: list[dict[str, Any]], rates: predict.Rates, *, dx_added: bool) -
     kernels: dict[str, float] = {}
     for row in rows:
         kernels[row["kernel"]] = kernels.get(row["kernel"], 0.0) + row["count"] * row["us"]
-    if first["side"] == "backward" and dx_added:
-        kernels["autograd's addition of dx"] = sum(
-            added_by_autograd(K, M) / chip.copy * 1e6 + predict.NODE if M > HOT else ADDED_IN_L2 for K, _ in shapes
-        )
+    hidden = 1 + sum(kernels.values()) / base
+    written = sum(shape[1 if first["side"] == "forward" else 0] for shape in shapes)
+    kernels["the base product's read of what was written"] = (
+        2 * M * written / (chip.copy if M > HOT else rates.l2) * 1e6
+    )
     floor = sum(row["count"] * row["floor"] for row in rows)
     return {
         **{key: first[key] for key in ("method", "r", "tokens", "side")},
         "ratio": 1 + sum(kernels.values()) / base,
+        "hidden": hidden,
         "floors": 1 + floor / base,
         "base_us": base,
         "kernels_us": kernels,
     }
 
 
-def blocks(rows: list[dict[str, Any]], rates: predict.Rates, *, dx_added: bool) -> list[dict[str, Any]]:
+def blocks(rows: list[dict[str, Any]], rates: predict.Rates) -> list[dict[str, Any]]:
     """`block` of each method, number of tokens and side."""
     keys = ("method", "r", "tokens", "side")
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [block(group, rates, dx_added=dx_added) for group in groups.values()]
+    return [block(group, rates) for group in groups.values()]
 
 
 _HEAD = (
@@ -107,7 +109,8 @@ def _summary(found: dict[str, Any]) -> str:
     parts = ", ".join(f"{name.strip('_')} {us:.1f}" for name, us in found["kernels_us"].items())
     return (
         f"{found['method']:7} r {found['r']}, {found['tokens']} tokens, {found['side']:8}: {found['ratio']:.2f} "
-        f"(floors alone {found['floors']:.2f}); base {found['base_us']:.1f} µs, kernels {parts}"
+        f"({found['hidden']:.2f} with that read hidden; "
+        f"floors alone {found['floors']:.2f}); base {found['base_us']:.1f} µs, kernels {parts}"
     )
 
 
@@ -122,12 +125,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--linears", nargs="+", choices=list(LINEARS), default=list(LINEARS))
     made.add_argument("--dram", type=float, default=4.3, help="10^12 bytes/s of a long stream: 4.3 H200, 3.0 H100")
     made.add_argument("--l2", type=float, default=L2 / 1e12, help="10^12 bytes/s out of L2: 5.5 to 9 is likely")
-    made.add_argument(
-        "--dx-added-by-autograd",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="count autograd's addition of the dx that an op returns to the base's (6 M K bytes)",
-    )
     made.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     return made
 
@@ -151,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UndeclaredError as error:
         print(error)
         return 2
-    found = blocks(rows, rates, dx_added=options.dx_added_by_autograd)
+    found = blocks(rows, rates)
     print("\nFORECAST, not measured, of one transformer block: its time over the frozen base's")
     print("\n".join(_summary(one) for one in found))
     if options.json:
