@@ -131,9 +131,11 @@ class _Walker:
         path = inspect.getsourcefile(function)
         assert path is not None
         definition = definitions(path)[function.__name__]
-        scope = {}
+        scope, parameters = {}, inspect.signature(function).parameters
         for argument in definition.args.args:
-            value = values.get(argument.arg, _Value(_UNKNOWN, True))
+            default = parameters[argument.arg].default
+            absent = _Value(_UNKNOWN, True) if default is inspect.Parameter.empty else _Value(default, False)
+            value = values.get(argument.arg, absent)
             constant = argument.annotation is not None and "constexpr" in ast.unparse(argument.annotation)
             scope[argument.arg] = _Value(value.value, value.runtime and not constant)
         return _Frame(self, path, function.__globals__, scope).run(definition.body)
