@@ -212,7 +212,7 @@ def _expand_bwd_kernel(
         if DS_ptr is not None:
             b = mix(
                 Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_C, stride_i=1, stride_t=R
-            )  # (COPIES * R_PAD, BLOCK_C)
+            )  # (COPIES * R_PAD, BLOCK_C); l2: bytes / COPIES
             b = tl.trans(term(b, copy[:, None], SPLITS))
         acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
         for start_m in range(first_m, tl.minimum(M, first_m + blocks_m * BLOCK_M), BLOCK_M):

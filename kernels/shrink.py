@@ -61,7 +61,7 @@ def _shrink_fwd_kernel(
             x = tl.where(keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K), x, 0.0)
         a = mix(
             Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_k, K, VECTOR, TOPK, BLOCK_K, stride_i=tiles, stride_t=1
-        )  # (COPIES * R_PAD, BLOCK_K)
+        )  # (COPIES * R_PAD, BLOCK_K); l2: bytes / COPIES
         acc = dot(x, tl.trans(term(a, (offs_n // R_PAD)[:, None], SPLITS)), acc, INPUT_PRECISION)
     offs_r = tl.arange(0, R_PAD)
     s_ptrs = S_ptr + (partial.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]

@@ -188,6 +188,9 @@ def trace(code: Code, trips: dict[int, int], taken: dict[int, bool], limit: int 
                 left[at] -= 1
                 at = x.target or 0
                 continue
+            if _is_unconditional(x):
+                # The exit in front of it was taken: where the loop ends the program does.
+                break
             left[at] = max(trips[at], 1) - 1
         elif x.op == "BRA" and x.target is not None and _jumps(code, ends, taken, at, x):
             at = x.target
@@ -200,10 +203,12 @@ def _jumps(code: Code, ends: set[int], taken: dict[int, bool], at: int, x: Instr
     """Say whether a forward branch is taken."""
     if at in taken:
         return taken[at]
-    if x.predicate is None:
-        # `BRA UP0, ...` has its condition among its operands.
-        return not x.text.split("BRA")[1].lstrip().startswith(("U", "!U"))
-    return _past_loop(code, ends, x)
+    return True if _is_unconditional(x) else x.predicate is not None and _past_loop(code, ends, x)
+
+
+def _is_unconditional(x: Instruction) -> bool:
+    # `BRA UP0, ...` has its condition among its operands.
+    return x.predicate is None and not x.text.split("BRA")[1].lstrip().startswith(("U", "!U"))
 
 
 def _around_empty(code: Code, trips: dict[int, int]) -> list[int]:
