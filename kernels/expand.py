@@ -254,6 +254,7 @@ def launch_expand(
     y: Tensor | None,
     total: Tensor | None = None,
     dropout: Dropout | None = None,
+    backward: bool = False,
 ) -> Tensor | None:
     """y = dropout'(s W) + bias + base and dW = s^T dropout(x), W (r, C).
 
@@ -264,6 +265,7 @@ def launch_expand(
         base, bias: (M, C), any strides, and (C), contiguous; or None.
         y: (M, C), written, may be `base` itself; None where not needed.
         total: (M, r) fp32, written: the sum of the partials of s.
+        backward: it is dx that y stands for.
     Returns:
         dW, (partials, r, C) fp32, to be added up in order; None without x.
     """
@@ -271,7 +273,7 @@ def launch_expand(
     assert activation is not None
     (partials, M, r), C = s.shape, activation.shape[1]
     dropout = dropout or Dropout(None, 0, 1.0)
-    config = tuning.expand(M, C, activation.dtype, r, with_gradient=x is not None)
+    config = tuning.expand(M, C, activation.dtype, r, backward)
     chunks = config.pop("PARTIALS")
     dW = None if x is None else torch.empty((chunks, r, C), dtype=torch.float32, device=s.device)
     launch(

@@ -138,6 +138,7 @@ def launch_shrink_bwd(
         dA, (partials, r, K) fp32, to be added up in order; None where not needed.
     """
     strides = (x.shape[1] // vector_bank.shape[1], 1)
+    wanted = x if need_dA else None
     return launch_expand(
-        ds[None], vector_bank, indices, weights, strides, x=x if need_dA else None, y=dx, dropout=dropout
+        ds[None], vector_bank, indices, weights, strides, x=wanted, y=dx, dropout=dropout, backward=True
     )

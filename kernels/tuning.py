@@ -103,9 +103,10 @@ def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_K": block_k, **_shares(K, block_k, partials), **options}
 
 
-def expand(M: int, C: int, dtype: torch.dtype, r: int, with_gradient: bool) -> dict[str, int]:
+def expand(M: int, C: int, dtype: torch.dtype, r: int, backward: bool) -> dict[str, int]:
     """A program takes a block of columns of an (M, C) activation and blocks_each of rows."""
-    one_by_one = r <= 4 and not with_gradient
+    # In backward dx has the same bits whether or not dW is asked for.
+    one_by_one = r <= 4 and not backward
     if one_by_one:
         rows, columns, options, programs = 16, 256, {"num_warps": 4, "num_stages": 1}, 4 * PROGRAMS
     else:
@@ -120,7 +121,7 @@ def expand(M: int, C: int, dtype: torch.dtype, r: int, with_gradient: bool) -> d
 
 def expand_bwd(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """As `expand`, for the pass of backward over dy, (M, C)."""
-    config = expand(M, C, dtype, r, with_gradient=True)
+    config = expand(M, C, dtype, r, backward=True)
     del config["ONE_BY_ONE"]
     return config
 
