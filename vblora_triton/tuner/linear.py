@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,14 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
     y = base_layer(x) + sum_active update(x)
 
     A method's layer says what the update is: `_add_update`, and `_delta` for the weight.
+
+    owns_base: `_add_update` may be given a FrozenLinear in the place of the base layer's result.
     """
 
-    def _add_update(self, adapter: str, x: Tensor, base: Tensor | ops.FrozenLinear) -> Tensor:
-        """Return the base layer's result, given or to be computed, with an adapter's update added."""
+    owns_base: ClassVar[bool] = False
+
+    def _add_update(self, adapter: str, x: Tensor, base: Any) -> Tensor:
+        """Return the base layer's result, given or to be computed (`owns_base`), with an adapter's update added."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -65,7 +69,8 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.r and name not in self.merged_adapters]
-        base = frozen_linear(self.base_layer, x) if adapters and not (args or kwargs) else None
+        own = self.owns_base and adapters and not (args or kwargs)
+        base = frozen_linear(self.base_layer, x) if own else None
         y: Any = self.base_layer(x, *args, **kwargs) if base is None else base
         for adapter in adapters:
             y = self._add_update(adapter, x, y)

@@ -151,6 +151,8 @@ class Linear(AdaptedLinear, VBLoRALayer):
         ValueError, TypeError: see `VBLoRALayer.update_layer`.
     """
 
+    owns_base = True
+
     def __init__(
         self,
         base_layer: nn.Module,

@@ -122,6 +122,8 @@ class Linear(AdaptedLinear, VeraLayer):
         ValueError, TypeError: see `VeraLayer.update_layer`.
     """
 
+    owns_base = True
+
     def __init__(
         self,
         base_layer: nn.Module,
