@@ -82,7 +82,7 @@ def _add_matches(
         offs_e = start_e + tl.arange(0, BLOCK_E)
         match = (tl.load(Idx_ptr + offs_e, mask=offs_e < entries, other=-1) == vector).to(tl.int32)
         number = match * tl.cumsum(match, axis=0) - 1
-        for first in range(0, tl.max(number, axis=0) + 1, MATCHES):  # trips: cdiv(min(entries, BLOCK_E), H * MATCHES)
+        for first in range(0, tl.max(number, axis=0) + 1, MATCHES):
             chosen = number[None, :] == (first + offs_j)[:, None]  # (MATCHES, BLOCK_E)
             entry = tl.max(tl.where(chosen, offs_e[None, :], -1), axis=1)
             mask_j = entry >= 0

@@ -57,7 +57,7 @@ def test_pointers_are_followed_to_the_tensors_that_they_came_from():
         }
         for kernel, grid, arguments in launches()
     }
-    assert touched["_expand_kernel"] >= {"S_ptr", "X_ptr", "Y_ptr", "DW_ptr", "Bank_ptr", "Idx_ptr", "W_ptr"}
+    assert touched["_shrink_bwd_kernel"] >= {"X_ptr", "DS_ptr", "DX_ptr", "DA_ptr", "Bank_ptr", "Idx_ptr", "W_ptr"}
     # Through a helper, and in a branch that program 0 does not take.
     assert touched["_parameter_grads_kernel"] >= {"DA_ptr", "DB_ptr", "DLogitsB_ptr", "DBank_ptr"}
     assert touched["_scale_grads_kernel"] >= {"DY_ptr", "P_ptr", "PartialsD_ptr"}
