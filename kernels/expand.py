@@ -13,7 +13,7 @@ from .select import select_tiles
 from .split import dot, left_term, right_term, sum_copies, term
 
 
-@triton.jit(do_not_specialize=["M", "stride_sp"], do_not_specialize_on_alignment=["partials"])
+@triton.jit
 def _expand_fwd_kernel(
     S_ptr,
     Base_ptr,
@@ -98,7 +98,7 @@ def _expand_fwd_kernel(
     tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask_mn)
 
 
-@triton.jit(do_not_specialize=["M", "blocks_m"])
+@triton.jit
 def _expand_bwd_kernel(
     DY_ptr,
     S_ptr,
@@ -110,8 +110,7 @@ def _expand_bwd_kernel(
     M,
     N,
     R,
-    blocks_m,
-    blocks_n,
+    blocks_each,
     stride_dym,
     stride_dyn,
     VECTOR: tl.constexpr,
@@ -121,15 +120,16 @@ def _expand_bwd_kernel(
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     MANY_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """ds = dy B and dB = dy^T s; each where its pointer is given.
 
-    Program (i, j) takes blocks_n blocks of BLOCK_C columns of dy (M, N), one after the other, and blocks_m of BLOCK_M
-    rows. It mixes the rows of B (N, R) that a block meets once, and streams dy and s (M, R) past them: it reads each
-    element of dy once, adds up its rows of partial i of ds (partials, M, R), and writes its columns of partial j of dB
-    (partials, R, N).
+    Program (i, j) takes blocks_each blocks of BLOCK_C columns of dy (M, N), one after the other, and ROWS rows. It
+    mixes the rows of B (N, R) that a block meets once, and streams dy and s (M, R) past them: it reads each element of
+    dy once, adds up its rows of partial i of ds (partials, M, R), and writes its columns of partial j of dB (partials,
+    R, N).
     """
     partial = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
@@ -138,9 +138,8 @@ def _expand_bwd_kernel(
     copy = offs_c // R_PAD
     mask_i = (offs_i < R) & (copy < SPLITS)
     offs_r = tl.arange(0, R_PAD)
-    first_m = chunk * blocks_m * BLOCK_M
-    for block in range(0, blocks_n):
-        start_n = (tl.program_id(0) * blocks_n + block) * BLOCK_C
+    for block in range(0, blocks_each):
+        start_n = (tl.program_id(0) * blocks_each + block) * BLOCK_C
         offs_n = (start_n + tl.arange(0, BLOCK_C)).to(tl.int64)
         mask_n = offs_n < N
         if DS_ptr is not None:
@@ -149,7 +148,7 @@ def _expand_bwd_kernel(
             )  # (COPIES * R_PAD, BLOCK_C); l2: bytes / COPIES
             b = tl.trans(term(b, copy[:, None], SPLITS))
         acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
-        for start_m in range(first_m, tl.minimum(M, first_m + blocks_m * BLOCK_M), BLOCK_M):
+        for start_m in range(chunk * ROWS, tl.minimum(M, (chunk + 1) * ROWS), BLOCK_M):
             offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
             mask_m = offs_m < M
             dy_ptrs = DY_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
@@ -258,9 +257,9 @@ def launch_expand_bwd(
     M, N = dy.shape
     r = s.shape[1]
     config = tuning.two_products(M, N, dy.dtype, r)
-    chunks, blocks = config.pop("PARTIALS"), triton.cdiv(N, config["BLOCK_C"])
-    blocks_n = tuning.blocks_each(blocks, r)
-    partials = triton.cdiv(blocks, blocks_n)
+    chunks, blocks = triton.cdiv(M, config["ROWS"]), triton.cdiv(N, config["BLOCK_C"])
+    blocks_each = tuning.blocks_each(blocks, r)
+    partials = triton.cdiv(blocks, blocks_each)
     ds = torch.empty((partials, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
     dB = torch.empty((chunks, r, N), dtype=torch.float32, device=dy.device) if need_dB else None
     launch(
@@ -276,14 +275,13 @@ def launch_expand_bwd(
         M=M,
         N=N,
         R=r,
-        blocks_m=config.pop("blocks_each"),
-        blocks_n=blocks_n,
+        blocks_each=blocks_each,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         VECTOR=vector_bank.shape[1],
         TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
-        MANY_BLOCKS=blocks_n > 1,
+        MANY_BLOCKS=blocks_each > 1,
         **tuning.copies(dy.dtype, r),
         **config,
     )

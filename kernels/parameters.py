@@ -53,15 +53,15 @@ def _logits_grad_row(
 
 
 @triton.jit
-def _add_matches(
+def _add_rows(
     acc,
-    vector,
     D_ptr,
     Idx_ptr,
     W_ptr,
+    offs_v,
     offs_c,
     mask_c,
-    entries,
+    rows,
     R,
     C,
     partials,
@@ -69,37 +69,33 @@ def _add_matches(
     RANK_FIRST: tl.constexpr,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
-    MATCHES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """acc + the sum over the entries of Idx, (rows, TOPK), that are `vector`, in order, of weight d[row].
+    """acc[v] += sum over the rows e of logits, in order, of weight(e -> v) d[e]: a product with a selection matrix.
 
-    d[row], (VECTOR), is a tile of dA or dB, (partials, R, C). With RANK_FIRST rows are numbered as those of logits_A,
-    (R, C / VECTOR), else as those of logits_B, (C / VECTOR, R). MATCHES of them are loaded at once.
+    d[e], (VECTOR), is a tile of dA or dB, (partials, R, C). With RANK_FIRST rows are numbered as those of logits_A,
+    (R, C / VECTOR), else as those of logits_B, (C / VECTOR, R).
     """
-    offs_j = tl.arange(0, MATCHES)
-    for start_e in range(0, entries, BLOCK_E):
+    for start_e in range(0, rows, BLOCK_E):
         offs_e = start_e + tl.arange(0, BLOCK_E)
-        match = (tl.load(Idx_ptr + offs_e, mask=offs_e < entries, other=-1) == vector).to(tl.int32)
-        number = match * tl.cumsum(match, axis=0) - 1
-        for first in range(0, tl.max(number, axis=0) + 1, MATCHES):
-            chosen = number[None, :] == (first + offs_j)[:, None]  # (MATCHES, BLOCK_E)
-            entry = tl.max(tl.where(chosen, offs_e[None, :], -1), axis=1)
-            mask_j = entry >= 0
-            row = tl.maximum(entry, 0) // TOPK
-            weight = tl.load(W_ptr + entry, mask=mask_j, other=0.0)
-            if RANK_FIRST:
-                tiles = C // VECTOR
-                start_d = (row // tiles).to(tl.int64) * C + row % tiles * VECTOR
-            else:
-                start_d = (row % R).to(tl.int64) * C + row // R * VECTOR
-            mask = mask_j[:, None] & mask_c[None, :]
-            d = load_partials(D_ptr, start_d[:, None] + offs_c[None, :], mask, partials, stride_dp)
-            acc += tl.sum(weight[:, None] * d, axis=0)
+        mask_e = offs_e < rows
+        chosen = tl.zeros((offs_v.shape[0], BLOCK_E), dtype=tl.float32)
+        for j in range(TOPK):
+            index = tl.load(Idx_ptr + offs_e * TOPK + j, mask=mask_e, other=0)
+            weight = tl.load(W_ptr + offs_e * TOPK + j, mask=mask_e, other=0.0)
+            chosen += tl.where(offs_v[:, None] == index[None, :], weight[None, :], 0.0)
+        if RANK_FIRST:
+            tiles = C // VECTOR
+            start_d = (offs_e // tiles).to(tl.int64) * C + offs_e % tiles * VECTOR
+        else:
+            start_d = (offs_e % R).to(tl.int64) * C + offs_e // R * VECTOR
+        mask = mask_e[:, None] & mask_c[None, :]
+        d = load_partials(D_ptr + (start_d[:, None] + offs_c[None, :]), 0, mask, partials, stride_dp)
+        acc = tl.dot(chosen, d, acc, input_precision="ieee")
     return acc
 
 
-@triton.jit(do_not_specialize=["partials_A", "partials_B"])
+@triton.jit
 def _parameter_grads_kernel(
     DA_ptr,
     DB_ptr,
@@ -125,7 +121,7 @@ def _parameter_grads_kernel(
     TOPK: tl.constexpr,
     NEED_A: tl.constexpr,
     NEED_B: tl.constexpr,
-    MATCHES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
@@ -138,8 +134,8 @@ def _parameter_grads_kernel(
 
     d[row], (VECTOR), is the gradient of the row's mixture: a tile of dA (partials_A, R, K) or of dB (partials_B, R, N),
     whose partials are added up wherever they are read. The first programs, with NEED_A, write one row of dlogits_A
-    each; the next ones, with NEED_B, one row of dlogits_B each. The others write BLOCK_C columns of one vector of dbank
-    each, and read of dA and dB the tiles of the rows that picked it.
+    each; the next ones, with NEED_B, one row of dlogits_B each. The others write one tile of dbank each, and read for
+    it the same columns of every tile of dA and dB.
     """
     pid = tl.program_id(0)
     tiles_A = K // VECTOR
@@ -187,18 +183,18 @@ def _parameter_grads_kernel(
     else:
         tile = pid - programs_A - programs_B
         blocks_c = tl.cdiv(VECTOR, BLOCK_C)
-        vector = tile // blocks_c
+        offs_v = tile // blocks_c * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_c = tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < VECTOR
-        acc = _add_matches(
-            tl.zeros((BLOCK_C,), dtype=tl.float32),
-            vector,
+        acc = _add_rows(
+            tl.zeros((BLOCK_V, BLOCK_C), dtype=tl.float32),
             DA_ptr,
             IdxA_ptr,
             WA_ptr,
+            offs_v=offs_v,
             offs_c=offs_c,
             mask_c=mask_c,
-            entries=rows_A * TOPK,
+            rows=rows_A,
             R=R,
             C=K,
             partials=partials_A,
@@ -206,18 +202,17 @@ def _parameter_grads_kernel(
             RANK_FIRST=True,
             VECTOR=VECTOR,
             TOPK=TOPK,
-            MATCHES=MATCHES,
             BLOCK_E=BLOCK_E,
         )
-        acc = _add_matches(
+        acc = _add_rows(
             acc,
-            vector,
             DB_ptr,
             IdxB_ptr,
             WB_ptr,
+            offs_v=offs_v,
             offs_c=offs_c,
             mask_c=mask_c,
-            entries=rows_B * TOPK,
+            rows=rows_B,
             R=R,
             C=N,
             partials=partials_B,
@@ -225,11 +220,11 @@ def _parameter_grads_kernel(
             RANK_FIRST=False,
             VECTOR=VECTOR,
             TOPK=TOPK,
-            MATCHES=MATCHES,
             BLOCK_E=BLOCK_E,
         )
-        dbank_ptrs = DBank_ptr + vector.to(tl.int64) * VECTOR + offs_c
-        tl.store(dbank_ptrs, acc.to(DBank_ptr.dtype.element_ty), mask=mask_c)
+        dbank_ptrs = DBank_ptr + offs_v[:, None] * VECTOR + offs_c[None, :]
+        mask_vc = (offs_v < H)[:, None] & mask_c[None, :]
+        tl.store(dbank_ptrs, acc.to(DBank_ptr.dtype.element_ty), mask=mask_vc)
 
 
 def launch_parameter_grads(
@@ -259,11 +254,11 @@ def launch_parameter_grads(
     indices_A, weights_A, indices_B, weights_B = selection
     vector_length, topk = vector_bank.shape[1], indices_A.shape[-1]
     device = vector_bank.device
-    config = tuning.parameter_grads(H, vector_length, topk, entries=r * max(tiles_A, tiles_B) * topk)
+    config = tuning.parameter_grads(H, vector_length, topk)
     dlogits_A = torch.empty(logits_shapes[0], dtype=logits_dtypes[0], device=device) if need_logits_A else None
     dlogits_B = torch.empty(logits_shapes[1], dtype=logits_dtypes[1], device=device) if need_logits_B else None
     dbank = torch.empty_like(vector_bank) if need_bank else None
-    bank_tiles = H * triton.cdiv(vector_length, config["BLOCK_C"])
+    bank_tiles = triton.cdiv(H, config["BLOCK_V"]) * triton.cdiv(vector_length, config["BLOCK_C"])
     # Where there is nothing to read or write no program does, but the kernel still wants a pointer.
     absent = weights_A
     launch(

@@ -13,18 +13,15 @@ from .launch import launch
 
 
 @triton.jit
-def load_partials(V_ptr, offs, mask, partials, stride_p, AHEAD: tl.constexpr = 4):
+def load_partials(V_ptr, offs, mask, partials, stride_p):
     """The elements at V_ptr + offs of all `partials` partials of V, added up in order; 0 outside `mask`.
 
-    AHEAD loads are under way at once. V_ptr is one pointer, or a block of pointers with offs 0: what a kernel keeps in
-    registers from partial to partial.
+    V_ptr is one pointer, or a block of pointers with offs 0: what a kernel keeps in registers from partial to partial.
     """
     v = tl.load(V_ptr + offs, mask=mask, other=0)
-    for start_p in range(1, partials, AHEAD):
-        for j in tl.static_range(AHEAD):
-            # In 64 bits: the partials of a large M together pass 2^31 elements.
-            partial = tl.cast(start_p + j, tl.int64)
-            v += tl.load(V_ptr + partial * stride_p + offs, mask=mask & (partial < partials), other=0)
+    for partial in range(1, partials):
+        # In 64 bits: the partials of a large M together pass 2^31 elements.
+        v += tl.load(V_ptr + tl.cast(partial, tl.int64) * stride_p + offs, mask=mask, other=0)
     return v
 
 
@@ -36,11 +33,11 @@ def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_p)
     return load_partials(v_ptrs, 0, mask, partials, stride_p)
 
 
-@triton.jit(do_not_specialize=["numel", "partials", "stride_p"])
-def _sum_partials_kernel(V_ptr, Out_ptr, numel, partials, stride_p, AHEAD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def _sum_partials_kernel(V_ptr, Out_ptr, numel, partials, stride_p, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
-    tl.store(Out_ptr + offs, load_partials(V_ptr + offs, 0, mask, partials, stride_p, AHEAD), mask=mask)
+    tl.store(Out_ptr + offs, load_partials(V_ptr + offs, 0, mask, partials, stride_p), mask=mask)
 
 
 def launch_sum_partials(partials: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "blocks_each", "stride_xp"], do_not_specialize_on_alignment=["partials"])
+@triton.jit
 def _scaled_matmul_kernel(
     X_ptr,
     W_ptr,
@@ -87,7 +87,6 @@ def _scaled_matmul_kernel(
     M,
     N,
     K,
-    blocks_each,
     partials,
     stride_xp,
     stride_xm,
@@ -101,15 +100,15 @@ def _scaled_matmul_kernel(
     X_SPLITS: tl.constexpr,
     W_SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """C = m_scale n_scale (dropout(X) (k_scale W)) + base, or with dropout of the product; what is None is left out.
 
-    Program (i, j) reads BLOCK_M rows and blocks_each * BLOCK_K columns of X (partials, M, K), adds up its partials,
-    reads as many rows and BLOCK_N columns of W (K, N), and writes BLOCK_M rows and BLOCK_N columns of partial j of C
-    (partials, M, N).
+    Program (i, j) reads BLOCK_M rows and DEPTH columns of X (partials, M, K), adds up its partials, reads DEPTH rows
+    and BLOCK_N columns of W (K, N), and writes BLOCK_M rows and BLOCK_N columns of partial j of C (partials, M, N).
     """
     # Blocks of columns first: programs that read the same rows of X run at the same time.
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -127,8 +126,8 @@ def _scaled_matmul_kernel(
         mask_m=mask_m,
         offs_n=offs_n,
         mask_n=mask_n,
-        start=partial * blocks_each * BLOCK_K,
-        end=tl.minimum(K, (partial + 1) * blocks_each * BLOCK_K),
+        start=partial * DEPTH,
+        end=tl.minimum(K, (partial + 1) * DEPTH),
         K=K,
         partials=partials,
         stride_xp=stride_xp,
@@ -206,7 +205,6 @@ def launch_scaled_matmul(
         M=M,
         N=N,
         K=K,
-        blocks_each=triton.cdiv(triton.cdiv(K, shares), config["BLOCK_K"]),
         partials=x.shape[0] if in_partials else 1,
         stride_xp=x.stride(0) if in_partials else 0,
         stride_xm=x.stride(-2),
@@ -218,6 +216,7 @@ def launch_scaled_matmul(
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
         INPUT_PRECISION=tuning.input_precision(),
+        DEPTH=triton.cdiv(triton.cdiv(K, shares), config["BLOCK_K"]) * config["BLOCK_K"],
         **splits,
         **config,
     )

@@ -14,7 +14,7 @@ from .select import select_tiles
 from .split import dot, left_term, right_term, sum_copies, term
 
 
-@triton.jit(do_not_specialize=["M", "blocks_each"])
+@triton.jit
 def _shrink_fwd_kernel(
     X_ptr,
     Logits_ptr,
@@ -31,7 +31,6 @@ def _shrink_fwd_kernel(
     stride_xk,
     stride_row,
     tiles,
-    blocks_each,
     drop_threshold,
     drop_scale,
     VECTOR: tl.constexpr,
@@ -43,14 +42,14 @@ def _shrink_fwd_kernel(
     R_SELECT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """s = dropout(x) A^T, with A (R, K) mixed from the bank tile by tile.
 
-    Program (i, j) reads BLOCK_M rows and blocks_each * BLOCK_K columns of x (M, K), each element once, and writes its
-    rows of partial j of s (partials, M, R). Where there are logits it first selects for its columns of A, and writes
-    the selection.
+    Program (i, j) reads BLOCK_M rows and COLUMNS columns of x (M, K), each element once, and writes its rows of partial
+    j of s (partials, M, R). Where there are logits it first selects for its columns of A, and writes the selection.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -59,14 +58,13 @@ def _shrink_fwd_kernel(
     offs_i = offs_n % R_PAD
     mask_i = (offs_i < R) & (offs_n // R_PAD < SPLITS)
     acc = tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32)
-    first_k = partial * blocks_each * BLOCK_K
-    end_k = tl.minimum(K, first_k + blocks_each * BLOCK_K)
+    end_k = tl.minimum(K, (partial + 1) * COLUMNS)
     if Logits_ptr is not None:
         select_tiles(
             Logits_ptr,
             Idx_ptr,
             W_ptr,
-            start_c=first_k,
+            start_c=partial * COLUMNS,
             end_c=end_k,
             R=R,
             H=H,
@@ -79,7 +77,7 @@ def _shrink_fwd_kernel(
             ONE_BLOCK=ONE_BLOCK,
             BLOCK_H=BLOCK_H,
         )
-    for start_k in range(first_k, end_k, BLOCK_K):
+    for start_k in range(partial * COLUMNS, end_k, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
@@ -98,7 +96,7 @@ def _shrink_fwd_kernel(
     tl.store(s_ptrs, s, mask=mask_m[:, None] & (offs_r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "blocks_each"])
+@triton.jit
 def _shrink_bwd_kernel(
     X_ptr,
     DS_ptr,
@@ -114,7 +112,6 @@ def _shrink_bwd_kernel(
     stride_xm,
     stride_xk,
     tiles,
-    blocks_each,
     drop_threshold,
     drop_scale,
     VECTOR: tl.constexpr,
@@ -125,14 +122,15 @@ def _shrink_bwd_kernel(
     P_PAD: tl.constexpr,
     PAIRS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dx = ds A and dA = ds^T x, with the mask and the scale of dropout on x and dx; each where its pointer is given.
 
-    Program (i, j) takes BLOCK_C columns of x (M, K) and blocks_each blocks of BLOCK_M rows. It mixes the columns of A
-    (R, K) that they meet once, and streams x and ds (M, R) past them: it reads each element of x once, writes that of
-    dx (M, K) once, and writes its columns of partial j of dA (partials, R, K).
+    Program (i, j) takes BLOCK_C columns of x (M, K) and ROWS rows. It mixes the columns of A (R, K) that they meet
+    once, and streams x and ds (M, R) past them: it reads each element of x once, writes that of dx (M, K) once, and
+    writes its columns of partial j of dA (partials, R, K).
     """
     start_k = tl.program_id(0) * BLOCK_C
     chunk = tl.program_id(1).to(tl.int64)
@@ -150,8 +148,7 @@ def _shrink_bwd_kernel(
         )  # (PAIRS * P_PAD, BLOCK_C); l2: bytes / max(COPIES, PAIRS)
         a = term(a, right_term(offs_p // P_PAD)[:, None], SPLITS)
     acc_da = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
-    first_m = chunk * blocks_each * BLOCK_M
-    for start_m in range(first_m, tl.minimum(M, first_m + blocks_each * BLOCK_M), BLOCK_M):
+    for start_m in range(chunk * ROWS, tl.minimum(M, (chunk + 1) * ROWS), BLOCK_M):
         offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < M
         mask_mk = mask_m[:, None] & mask_k[None, :]
@@ -259,7 +256,7 @@ def launch_shrink_bwd(
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
     config = tuning.two_products(M, K, x.dtype, r)
-    partials = config.pop("PARTIALS")
+    partials = triton.cdiv(M, config["ROWS"])
     dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(
         _shrink_bwd_kernel,

@@ -95,21 +95,12 @@ def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
     return rows, {"num_warps": warps, "num_stages": stages}, columns
 
 
-def _shares(size: int, block: int, programs: int) -> dict[str, int]:
-    """Blocks of each program where about `programs` of them share `size`, and how many programs that makes.
-
-    Blocks and not elements: their number follows M and is not known to the compiler, that their size divides where a
-    program starts is.
-    """
-    each = cdiv(cdiv(size, programs), block)
-    return {"blocks_each": each, "PARTIALS": cdiv(size, each * block)}
-
-
 def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """PARTIALS programs share the columns of one block of rows; each takes blocks_each blocks of them."""
+    """PARTIALS programs share the columns of one block of rows; each takes COLUMNS of them."""
     rows, options, block_k = tile(M, dtype, r)
     partials = max(1, min(PROGRAMS // cdiv(M, rows), cdiv(K, 512)))
-    return {"BLOCK_M": rows, "BLOCK_K": block_k, **_shares(K, block_k, partials), **options}
+    columns = cdiv(cdiv(K, partials), block_k) * block_k
+    return {"BLOCK_M": rows, "BLOCK_K": block_k, "COLUMNS": columns, "PARTIALS": cdiv(K, columns), **options}
 
 
 def expand_fwd(M: int, dtype: torch.dtype, r: int) -> dict[str, int]:
@@ -118,13 +109,13 @@ def expand_fwd(M: int, dtype: torch.dtype, r: int) -> dict[str, int]:
 
 
 def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows."""
+    """Either pass of backward over an (M, C) activation: a program takes one block of columns and ROWS rows."""
     rows, options, columns = tile(M, dtype, r)
     if r > 32 and dtype != torch.float32:
         # Two accumulators of so many columns spill.
         columns = 32
     chunks = max(1, min(PROGRAMS // cdiv(C, columns), cdiv(M, rows)))
-    return {"BLOCK_M": rows, "BLOCK_C": columns, **_shares(M, rows, chunks), **options}
+    return {"BLOCK_M": rows, "BLOCK_C": columns, "ROWS": cdiv(cdiv(M, chunks), rows) * rows, **options}
 
 
 def blocks_each(blocks: int, r: int) -> int:
@@ -135,13 +126,12 @@ def blocks_each(blocks: int, r: int) -> int:
     return max(1, min(blocks, r // 3))
 
 
-def parameter_grads(H: int, vector_length: int, topk: int, entries: int) -> dict[str, int]:
-    """For a bank (H, vector_length), and at most `entries` indices of the rows of A or of B."""
+def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     k_pad = power_of_2(topk)
     return {
-        "MATCHES": 4,
-        "BLOCK_E": max(16, min(power_of_2(entries), 128)),
-        "BLOCK_C": max(16, min(power_of_2(vector_length), 256)),
+        "BLOCK_V": 32,
+        "BLOCK_E": 16,
+        "BLOCK_C": max(16, min(power_of_2(vector_length), 64)),
         "BLOCK_ROW": max(16, min(power_of_2(vector_length), 512 // k_pad)),
         "BLOCK_H": max(16, min(power_of_2(H), 512 // k_pad)),
         "num_warps": 4,
@@ -149,7 +139,7 @@ def parameter_grads(H: int, vector_length: int, topk: int, entries: int) -> dict
 
 
 def sum_partials() -> dict[str, int]:
-    return {"AHEAD": 32, "BLOCK": 128, "num_warps": 4}
+    return {"BLOCK": 1024, "num_warps": 4}
 
 
 def compose(vector_length: int) -> dict[str, int]:

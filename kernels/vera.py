@@ -23,7 +23,7 @@ from .partials import launch_sum_partials, load_partials
 from .scaled_matmul import accumulate, launch_scaled_matmul
 
 
-@triton.jit(do_not_specialize=["M", "blocks_each"])
+@triton.jit
 def _scale_grads_kernel(
     DY_ptr,
     P_ptr,
@@ -36,7 +36,6 @@ def _scale_grads_kernel(
     M,
     N,
     R,
-    blocks_each,
     stride_dym,
     stride_dyn,
     stride_bn,
@@ -44,6 +43,7 @@ def _scale_grads_kernel(
     X_SPLITS: tl.constexpr,
     W_SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,8 +51,8 @@ def _scale_grads_kernel(
     """dlambda_b[n] = sum_j lambda_d[j] (B D)[n, j], dlambda_d[j] = sum_n lambda_b[n] (B D)[n, j], D = dy^T p.
 
     B D is the product element by element. Program (i, j) makes one tile of D, BLOCK_M of its N rows and BLOCK_N of its
-    R columns, from blocks_each * BLOCK_K of the M rows of dy (M, N) and p (M, R), and stores what the tile adds to
-    either gradient: in PartialsB (chunks of rows * blocks of R, N) and in PartialsD (chunks of rows * blocks of N, R).
+    R columns, from DEPTH of the M rows of dy (M, N) and p (M, R), and stores what the tile adds to either gradient: in
+    PartialsB (chunks of rows * blocks of R, N) and in PartialsD (chunks of rows * blocks of N, R).
     """
     blocks_r = tl.cdiv(R, BLOCK_N)
     block_n, block_r = tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r
@@ -69,8 +69,8 @@ def _scale_grads_kernel(
         mask_m=mask_n,
         offs_n=offs_r,
         mask_n=mask_r,
-        start=chunk * blocks_each * BLOCK_K,
-        end=tl.minimum(M, (chunk + 1) * blocks_each * BLOCK_K),
+        start=chunk * DEPTH,
+        end=tl.minimum(M, (chunk + 1) * DEPTH),
         K=M,
         partials=1,
         stride_xp=0,
@@ -94,7 +94,7 @@ def _scale_grads_kernel(
     tl.store(PartialsD_ptr + (chunk * tl.cdiv(N, BLOCK_M) + block_n) * R + offs_r, partials_d, mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["M", "partials", "stride_vp"])
+@triton.jit
 def _pack_rows_kernel(
     V_ptr, Packed_ptr, Scale_ptr, M, R, partials, stride_vp, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -115,7 +115,7 @@ def _pack_rows_kernel(
     tl.store(Packed_ptr + offs, whole.to(tl.int16), mask=mask)
 
 
-@triton.jit(do_not_specialize=["partials_b", "partials_d"])
+@triton.jit
 def _sum_scale_grads_kernel(
     PartialsB_ptr,
     PartialsD_ptr,
@@ -281,12 +281,12 @@ def launch_scale_grads(
         M=M,
         N=N,
         R=r,
-        blocks_each=triton.cdiv(triton.cdiv(M, chunks), config["BLOCK_K"]),
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         stride_bn=B.stride(0),
         stride_br=B.stride(1),
         INPUT_PRECISION=tuning.input_precision(),
+        DEPTH=triton.cdiv(triton.cdiv(M, chunks), config["BLOCK_K"]) * config["BLOCK_K"],
         **splits,
         **config,
     )
