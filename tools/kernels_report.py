@@ -32,9 +32,9 @@ class Passes(NamedTuple):
 def vblora_passes(
     K: int, N: int, M: int, h: int, dtype: torch.dtype, *, r: int = 4, b: int = 256, k: int = 2, p: float = 0.0
 ) -> Passes:
-    """Forward and backward of one linear adapted by VB-LoRA, whose base has no bias and is added afterwards."""
+    """Forward and backward of one linear adapted by VB-LoRA."""
     meta = {"device": "meta"}
-    x = torch.empty(M, K, dtype=dtype, **meta)
+    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
     logits_A, logits_B = torch.empty(r, K // b, h, **meta), torch.empty(N // b, r, h, **meta)
     bank = torch.empty(h, b, **meta)
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
@@ -45,36 +45,35 @@ def vblora_passes(
         return linear.bwd.unobserved(dy, x, *saved, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
 
     return Passes(
-        (x, logits_A, logits_B, bank),
-        lambda: linear.fwd.unobserved(x, None, logits_A, logits_B, bank, k, p, seed),
+        (x, base, logits_A, logits_B, bank),
+        lambda: linear.fwd.unobserved(x, base, logits_A, logits_B, bank, k, p, seed),
         backward,
     )
 
 
 def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0) -> Passes:
-    """Forward and backward of one linear adapted by VeRA, whose base has no bias and is added afterwards."""
+    """Forward and backward of one linear adapted by VeRA."""
     meta = {"device": "meta"}
-    x = torch.empty(M, K, dtype=dtype, **meta)
+    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
     _, _, A, _ = frozen = tuple(torch.empty(shape, **meta) for shape in ((N,), (r,), (r, K), (N, r)))
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
     linear = triton_vera.linear
 
     def forward() -> tuple[torch.Tensor, ...]:
         projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
-        return *linear.fwd.unobserved(x, None, *frozen, *projected, p, seed), *projected
+        return *linear.fwd.unobserved(x, base, *frozen, *projected, p, seed), *projected
 
     def backward(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         dy, *projected = found
         return linear.bwd.unobserved(dy, *frozen, *projected, list(x.shape), dtype, p, seed, [True] * 3)
 
-    return Passes((x, *frozen), forward, backward)
+    return Passes((x, base, *frozen), forward, backward)
 
 
 def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2, p: float = 0.0, **sizes: int):
     """Forward and backward of one adapted linear, and a composition, on meta tensors: every launch that ships."""
     passes = vblora_passes(K, N, M, h, dtype, k=k, p=p, **sizes)
-    x, logits_A, _, bank = passes.given
-    base = torch.empty(M, N, dtype=dtype, device="meta")
+    x, base, logits_A, _, bank = passes.given
     found = passes.forward()
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
     triton_vblora.linear_selected.fwd.unobserved(x, base, *found[2:], bank, p, seed)
@@ -85,12 +84,7 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
 def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, **sizes: Any):
     """Forward and backward of one linear adapted by VeRA, on meta tensors: every launch that ships."""
     passes = vera_passes(K, N, M, dtype, **sizes)
-    x, *frozen = passes.given
-    found = passes.forward()
-    # Where the base is called as a module.
-    base = torch.empty(M, N, dtype=dtype, device="meta")
-    triton_vera.linear.fwd.unobserved(x, base, *frozen, *found[1:], 0.0, None)
-    passes.backward(found)
+    passes.backward(passes.forward())
 
 
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.

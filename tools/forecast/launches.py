@@ -53,8 +53,8 @@ def collect(method: str, K: int, N: int, M: int, *, r: int, h: int = 256, p: flo
 
         with launch.intercepted(note):
             kept = passes.forward()
-            # x and y; what forward keeps beside y was written just now.
-            launches("forward", [given[0], kept[0]], [*given, *kept])
+            # x, base and y; what forward keeps beside y was written just now.
+            launches("forward", [*given[:2], kept[0]], [*given, *kept])
             grads = passes.backward(kept)
             # What forward kept has long left L2.
             launches("backward", [given[0], *kept, grads[0]], [*given, *kept, *grads])
