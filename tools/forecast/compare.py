@@ -42,7 +42,7 @@ def beside(forecast: dict[str, float], measured: dict[str, float]) -> list[dict[
 def compare(device: Device | None = None, results: Path = RESULTS) -> list[dict[str, Any]]:
     """Measure every block that was forecast, print measured / forecast of each kernel, and return it.
 
-    Autograd's addition of dx, which is no kernel of ours, is forecast and not compared.
+    What the base product reads, which is no kernel of ours, is forecast and not compared.
     """
     blocks: dict[tuple[str, int, int], dict[str, float]] = {}
     for block in json.loads(results.read_text(encoding="utf-8"))["blocks"]:
