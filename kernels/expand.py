@@ -1,4 +1,7 @@
-"""Products over the output: y = base + s B^T forward; ds = dy B and dB = dy^T s in one pass over dy backward."""
+"""Products over the output: y = s B^T + bias + base forward; ds = dy B and dB = dy^T s in one pass over dy backward.
+
+`launch_expand` is also the backward of the product over the input (shrink.py): dx = ds A and dA = ds^T x.
+"""
 
 import torch
 import triton
@@ -7,95 +10,158 @@ from torch import Tensor
 
 from . import tuning
 from .compose import mix
+from .dropout import Dropout, keep_mask
 from .launch import launch
-from .partials import load_rank_tile
-from .select import select_tiles
+from .partials import load_partials, load_rank_tile
 from .split import dot, left_term, right_term, sum_copies, term
 
 
-@triton.jit(do_not_specialize=["M", "stride_sp"], do_not_specialize_on_alignment=["partials"])
-def _expand_fwd_kernel(
-    S_ptr,
-    Base_ptr,
-    Logits_ptr,
+@triton.jit
+def _mix_row(
     Bank_ptr,
     Idx_ptr,
     W_ptr,
-    Y_ptr,
-    STotal_ptr,
-    M,
-    N,
+    i,
+    start_c,
+    C,
     R,
-    H,
-    partials,
-    stride_sp,
-    stride_bm,
-    stride_bn,
-    stride_ym,
-    stride_yn,
-    stride_row,
-    stride_t,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    stride_i,
+    stride_t,
+):
+    """Row i of a composed (R, C) matrix, BLOCK_C columns from start_c on: (BLOCK_C) fp32; 0 where i >= R."""
+    offs_i = i + tl.zeros((1,), dtype=tl.int32)
+    w = mix(Bank_ptr, Idx_ptr, W_ptr, offs_i, offs_i < R, start_c, C, VECTOR, TOPK, BLOCK_C, stride_i, stride_t)
+    return tl.reshape(w, (BLOCK_C,))
+
+
+@triton.jit
+def _load_column(V_ptr, offs_m, mask_m, i, R, partials, stride_p):
+    """Column i of an (M, R) matrix, added up over its partials: (len(offs_m), 1); 0 where i >= R."""
+    return load_partials(V_ptr, offs_m * R + i, mask_m & (i < R), partials, stride_p)[:, None]
+
+
+@triton.jit(do_not_specialize=["M", "blocks_each", "stride_sp"], do_not_specialize_on_alignment=["partials"])
+def _expand_kernel(
+    S_ptr,
+    X_ptr,
+    Base_ptr,
+    Bias_ptr,
+    Bank_ptr,
+    Idx_ptr,
+    W_ptr,
+    Seed_ptr,
+    Y_ptr,
+    STotal_ptr,
+    DW_ptr,
+    M,
+    C,
+    R,
+    blocks_each,
+    partials,
+    stride_sp,
+    stride_xm,
+    stride_xc,
+    stride_bm,
+    stride_bc,
+    stride_ym,
+    stride_yc,
+    stride_i,
+    stride_t,
+    drop_threshold,
+    drop_scale,
+    VECTOR: tl.constexpr,
+    TOPK: tl.constexpr,
+    R_PAD: tl.constexpr,
+    COPIES: tl.constexpr,
+    SPLITS: tl.constexpr,
     P_PAD: tl.constexpr,
     PAIRS: tl.constexpr,
-    SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    R_SELECT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    ONE_BY_ONE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """y = base + s B^T, with B (N, R) mixed from the bank tile by tile.
+    """y = dropout'(s W) + bias + base and dW = s^T dropout(x), W (R, C) mixed from the bank; what is None is left out.
 
-    Program (i, j) reads BLOCK_M rows of s (partials, M, R) and adds up its partials, reads base (M, N) where there is
-    one, and writes BLOCK_M rows and BLOCK_N columns of y (M, N). Program (i, 0) also writes the sum of the partials to
-    STotal (M, R), where it is given. Where there are logits a program first selects for its rows of B, and writes the
-    selection.
+    Program (i, j) takes BLOCK_C columns and blocks_each blocks of BLOCK_M rows. It mixes the columns of W that they
+    meet once, and streams s (partials, M, R) past them, whose partials it adds up: it reads each element of x and base
+    (M, C) once, writes that of y (M, C) once, and writes its columns of partial j of dW (partials, R, C). Program (0,
+    j) also writes the sum of the partials of s to STotal (M, R). ONE_BY_ONE, without dW, multiplies and adds up to 4
+    ranks in fp32; else they go to the matrix unit (split.py).
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_n = tl.program_id(1) * BLOCK_N
-    offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-    mask_m = offs_m < M
-    mask_mn = mask_m[:, None] & (offs_n < N)[None, :]
-    offs_p = tl.arange(0, PAIRS * P_PAD)
-    offs_i = offs_p % P_PAD
-    mask_i = offs_i < R
-    s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp)
-    if STotal_ptr is not None:
-        # Backward wants the sum of the partials; the first column of programs writes it, from its first pair.
-        total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
-        tl.store(total_ptrs, s, mask=mask_m[:, None] & (offs_p < tl.where(start_n == 0, R, 0))[None, :])
-    if Logits_ptr is not None:
-        select_tiles(
-            Logits_ptr,
-            Idx_ptr,
-            W_ptr,
-            start_c=start_n,
-            end_c=tl.minimum(N, start_n + BLOCK_N),
-            R=R,
-            H=H,
-            stride_row=stride_row,
-            stride_i=1,
-            stride_t=stride_t,
-            VECTOR=VECTOR,
-            TOPK=TOPK,
-            R_SELECT=R_SELECT,
-            ONE_BLOCK=ONE_BLOCK,
-            BLOCK_H=BLOCK_H,
-        )
-    b = mix(
-        Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_N, stride_i=1, stride_t=stride_t
-    )  # (PAIRS * P_PAD, BLOCK_N)
-    s = term(s, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
-    b = term(b, right_term(offs_p // P_PAD)[:, None], SPLITS)
-    y = tl.dot(s, b, input_precision=INPUT_PRECISION)
-    if Base_ptr is not None:
-        base_ptrs = Base_ptr + offs_m[:, None] * stride_bm + offs_n[None, :] * stride_bn
-        y += tl.load(base_ptrs, mask=mask_mn, other=0.0).to(tl.float32)
-    y_ptrs = Y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
-    tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask_mn)
+    start_c = tl.program_id(0) * BLOCK_C
+    chunk = tl.program_id(1).to(tl.int64)
+    offs_c = (start_c + tl.arange(0, BLOCK_C)).to(tl.int64)
+    mask_c = offs_c < C
+    if ONE_BY_ONE:
+        w0 = _mix_row(Bank_ptr, Idx_ptr, W_ptr, 0, start_c, C, R, VECTOR, TOPK, BLOCK_C, stride_i, stride_t)
+        w1 = _mix_row(Bank_ptr, Idx_ptr, W_ptr, 1, start_c, C, R, VECTOR, TOPK, BLOCK_C, stride_i, stride_t)
+        w2 = _mix_row(Bank_ptr, Idx_ptr, W_ptr, 2, start_c, C, R, VECTOR, TOPK, BLOCK_C, stride_i, stride_t)
+        w3 = _mix_row(Bank_ptr, Idx_ptr, W_ptr, 3, start_c, C, R, VECTOR, TOPK, BLOCK_C, stride_i, stride_t)
+    else:
+        offs_n = tl.arange(0, COPIES * R_PAD)
+        mask_n = (offs_n % R_PAD < R) & (offs_n // R_PAD < SPLITS)
+        offs_p = tl.arange(0, PAIRS * P_PAD)
+        offs_i, pair = offs_p % P_PAD, offs_p // P_PAD
+        w = mix(Bank_ptr, Idx_ptr, W_ptr, offs_i, offs_i < R, start_c, C, VECTOR, TOPK, BLOCK_C, stride_i, stride_t)
+        w = term(w, right_term(pair)[:, None], SPLITS)  # (PAIRS * P_PAD, BLOCK_C)
+        dw = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
+    if Bias_ptr is not None:
+        bias = tl.load(Bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    first_m = chunk * blocks_each * BLOCK_M
+    for start_m in range(first_m, tl.minimum(M, first_m + blocks_each * BLOCK_M), BLOCK_M):
+        offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_c[None, :]
+        if DW_ptr is not None:
+            x = tl.load(X_ptr + offs_m[:, None] * stride_xm + offs_c[None, :] * stride_xc, mask=mask, other=0.0)
+        if Base_ptr is not None:
+            base = tl.load(Base_ptr + offs_m[:, None] * stride_bm + offs_c[None, :] * stride_bc, mask=mask, other=0.0)
+        if Seed_ptr is not None:
+            keep = keep_mask(Seed_ptr, offs_m, start_c, drop_threshold, BLOCK_C)
+            if DW_ptr is not None:
+                x = tl.where(keep, x, 0.0)
+        if ONE_BY_ONE:
+            s0 = _load_column(S_ptr, offs_m, mask_m, 0, R, partials, stride_sp)
+            s1 = _load_column(S_ptr, offs_m, mask_m, 1, R, partials, stride_sp)
+            s2 = _load_column(S_ptr, offs_m, mask_m, 2, R, partials, stride_sp)
+            s3 = _load_column(S_ptr, offs_m, mask_m, 3, R, partials, stride_sp)
+            y = s0 * w0[None, :] + s1 * w1[None, :] + s2 * w2[None, :] + s3 * w3[None, :]
+            if STotal_ptr is not None:
+                total_ptrs, mask_0 = STotal_ptr + (offs_m * R)[:, None], (mask_m & (start_c == 0))[:, None]
+                tl.store(total_ptrs, s0, mask=mask_0)
+                tl.store(total_ptrs + 1, s1, mask=mask_0 & (R > 1))
+                tl.store(total_ptrs + 2, s2, mask=mask_0 & (R > 2))
+                tl.store(total_ptrs + 3, s3, mask=mask_0 & (R > 3))
+        else:
+            s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, offs_i < R, R, partials, stride_sp)
+            if STotal_ptr is not None:
+                total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
+                tl.store(total_ptrs, s, mask=mask_m[:, None] & (offs_p < tl.where(start_c == 0, R, 0))[None, :])
+            if DW_ptr is not None:
+                s_dw = load_rank_tile(S_ptr, offs_m, mask_m, offs_n % R_PAD, mask_n, R, partials, stride_sp)
+                s_dw = term(s_dw, (offs_n // R_PAD)[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
+                dw = dot(tl.trans(x), s_dw, dw, INPUT_PRECISION)
+            y = tl.dot(term(s, left_term(pair)[None, :], SPLITS), w, input_precision=INPUT_PRECISION)
+        if Y_ptr is not None:
+            if Seed_ptr is not None:
+                y = tl.where(keep, y * drop_scale, 0.0)
+            if Bias_ptr is not None:
+                y += bias
+            if Base_ptr is not None:
+                y += base.to(tl.float32)
+            y_ptrs = Y_ptr + offs_m[:, None] * stride_ym + offs_c[None, :] * stride_yc
+            tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask)
+    if DW_ptr is not None:
+        offs_r = tl.arange(0, R_PAD)
+        dw = sum_copies(dw, R_PAD, COPIES)
+        if Seed_ptr is not None:
+            dw *= drop_scale
+        dw_ptrs = DW_ptr + (chunk * R + offs_r)[None, :] * C + offs_c[:, None]
+        tl.store(dw_ptrs, dw, mask=mask_c[:, None] & (offs_r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "blocks_m"])
@@ -175,62 +241,101 @@ def _expand_bwd_kernel(
             tl.debug_barrier()
 
 
+def launch_expand(
+    s: Tensor,
+    vector_bank: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    strides: tuple[int, int],
+    *,
+    x: Tensor | None,
+    base: Tensor | None = None,
+    bias: Tensor | None = None,
+    y: Tensor | None,
+    total: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor | None:
+    """y = dropout'(s W) + bias + base and dW = s^T dropout(x), W (r, C).
+
+    Args:
+        s: (partials, M, r) fp32, contiguous.
+        strides: those of the rows and of the tiles of W in the numbers of its mixtures.
+        x: (M, C), any strides; None where dW is not needed.
+        base, bias: (M, C), any strides, and (C), contiguous; or None.
+        y: (M, C), written, may be `base` itself; None where not needed.
+        total: (M, r) fp32, written: the sum of the partials of s.
+    Returns:
+        dW, (partials, r, C) fp32, to be added up in order; None without x.
+    """
+    activation = y if x is None else x
+    assert activation is not None
+    (partials, M, r), C = s.shape, activation.shape[1]
+    dropout = dropout or Dropout(None, 0, 1.0)
+    config = tuning.expand(M, C, activation.dtype, r, with_gradient=x is not None)
+    chunks = config.pop("PARTIALS")
+    dW = None if x is None else torch.empty((chunks, r, C), dtype=torch.float32, device=s.device)
+    launch(
+        _expand_kernel,
+        (triton.cdiv(C, config["BLOCK_C"]), chunks),
+        S_ptr=s,
+        X_ptr=x,
+        Base_ptr=base,
+        Bias_ptr=bias,
+        Bank_ptr=vector_bank,
+        Idx_ptr=indices,
+        W_ptr=weights,
+        Seed_ptr=dropout.seed,
+        Y_ptr=y,
+        STotal_ptr=total,
+        DW_ptr=dW,
+        M=M,
+        C=C,
+        R=r,
+        partials=partials,
+        stride_sp=s.stride(0),
+        stride_xm=0 if x is None else x.stride(0),
+        stride_xc=0 if x is None else x.stride(1),
+        stride_bm=0 if base is None else base.stride(0),
+        stride_bc=0 if base is None else base.stride(1),
+        stride_ym=0 if y is None else y.stride(0),
+        stride_yc=0 if y is None else y.stride(1),
+        stride_i=strides[0],
+        stride_t=strides[1],
+        drop_threshold=dropout.threshold,
+        drop_scale=dropout.scale,
+        VECTOR=vector_bank.shape[1],
+        TOPK=indices.shape[-1],
+        INPUT_PRECISION=tuning.input_precision(),
+        **(tuning.copies(activation.dtype, r) | tuning.pairs(activation.dtype, r)),
+        **config,
+    )
+    return dW
+
+
 def launch_expand_fwd(
     s: Tensor,
     base: Tensor | None,
     vector_bank: Tensor,
     indices: Tensor,
     weights: Tensor,
-    logits: Tensor | None,
     y: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """y = base + s B^T.
+    """y = s B^T + bias + base.
 
     Args:
         s: (partials, M, r) fp32, contiguous, of `shrink.launch_shrink_fwd`.
-        base: (M, N), any strides, or None.
+        base, bias: (M, N), any strides, and (N), contiguous; or None.
         vector_bank: (num_vectors, vector_length), contiguous.
         indices, weights: (..., topk), int32 and fp32, contiguous: the selection of B's rows, N/vector_length * r of
-            them. Where `logits` are given this launch writes it.
-        logits: those of B, (rows, num_vectors), the last dimension contiguous.
+            them.
         y: (M, N), written; may be `base` itself.
     Returns:
         The sum of the partials of s, (M, r) fp32.
     """
-    partials, M, r = s.shape
-    N, (H, vector_length), topk = y.shape[1], vector_bank.shape, indices.shape[-1]
-    total = torch.empty((M, r), dtype=torch.float32, device=s.device) if partials > 1 else None
-    config = tuning.expand_fwd(M, y.dtype, r)
-    launch(
-        _expand_fwd_kernel,
-        (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])),
-        S_ptr=s,
-        Base_ptr=base,
-        Logits_ptr=logits,
-        Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
-        Y_ptr=y,
-        STotal_ptr=total,
-        M=M,
-        N=N,
-        R=r,
-        H=H,
-        partials=partials,
-        stride_sp=s.stride(0),
-        stride_bm=0 if base is None else base.stride(0),
-        stride_bn=0 if base is None else base.stride(1),
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
-        stride_row=0 if logits is None else logits.stride(0),
-        stride_t=r,
-        VECTOR=vector_length,
-        TOPK=topk,
-        INPUT_PRECISION=tuning.input_precision(),
-        **tuning.select_tiles(H, topk, r),
-        **tuning.pairs(y.dtype, r),
-        **config,
-    )
+    r = s.shape[2]
+    total = torch.empty(s.shape[1:], dtype=torch.float32, device=s.device) if s.shape[0] > 1 else None
+    launch_expand(s, vector_bank, indices, weights, (1, r), x=None, base=base, bias=bias, y=y, total=total)
     return s[0] if total is None else total
 
 
@@ -255,7 +360,7 @@ def launch_expand_bwd(
     """
     M, N = dy.shape
     r = s.shape[1]
-    config = tuning.two_products(M, N, dy.dtype, r)
+    config = tuning.expand_bwd(M, N, dy.dtype, r)
     chunks, blocks = config.pop("PARTIALS"), triton.cdiv(N, config["BLOCK_C"])
     blocks_n = tuning.blocks_each(blocks, r)
     partials = triton.cdiv(blocks, blocks_n)

@@ -73,35 +73,6 @@ def _select_rows(
 
 
 @triton.jit
-def select_tiles(
-    Logits_ptr,
-    Idx_ptr,
-    W_ptr,
-    start_c,
-    end_c,
-    R,
-    H,
-    stride_row,
-    stride_i,
-    stride_t,
-    VECTOR: tl.constexpr,
-    TOPK: tl.constexpr,
-    R_SELECT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Select for every row of a composed matrix, in the tiles that hold columns start_c .. end_c; then `mix` may read.
-
-    Programs that share a tile write the same values to the same place; each reads back what it wrote itself.
-    """
-    offs_i = tl.arange(0, R_SELECT)
-    for tile in range(start_c // VECTOR, tl.cdiv(end_c, VECTOR)):
-        offs_row = offs_i * stride_i + tile * stride_t
-        _select_rows(Logits_ptr, Idx_ptr, W_ptr, offs_row, offs_i < R, H, stride_row, TOPK, ONE_BLOCK, BLOCK_H)
-    tl.debug_barrier()
-
-
-@triton.jit
 def _select_kernel(
     LogitsA_ptr,
     LogitsB_ptr,

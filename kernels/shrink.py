@@ -8,16 +8,14 @@ from torch import Tensor
 from . import tuning
 from .compose import mix
 from .dropout import Dropout, keep_mask
+from .expand import launch_expand
 from .launch import launch
-from .partials import load_rank_tile
-from .select import select_tiles
-from .split import dot, left_term, right_term, sum_copies, term
+from .split import dot, sum_copies, term
 
 
 @triton.jit(do_not_specialize=["M", "blocks_each"])
 def _shrink_fwd_kernel(
     X_ptr,
-    Logits_ptr,
     Bank_ptr,
     Idx_ptr,
     W_ptr,
@@ -26,10 +24,8 @@ def _shrink_fwd_kernel(
     M,
     K,
     R,
-    H,
     stride_xm,
     stride_xk,
-    stride_row,
     tiles,
     blocks_each,
     drop_threshold,
@@ -40,17 +36,13 @@ def _shrink_fwd_kernel(
     COPIES: tl.constexpr,
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    R_SELECT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """s = dropout(x) A^T, with A (R, K) mixed from the bank tile by tile.
 
     Program (i, j) reads BLOCK_M rows and blocks_each * BLOCK_K columns of x (M, K), each element once, and writes its
-    rows of partial j of s (partials, M, R). Where there are logits it first selects for its columns of A, and writes
-    the selection.
+    rows of partial j of s (partials, M, R).
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -61,24 +53,6 @@ def _shrink_fwd_kernel(
     acc = tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32)
     first_k = partial * blocks_each * BLOCK_K
     end_k = tl.minimum(K, first_k + blocks_each * BLOCK_K)
-    if Logits_ptr is not None:
-        select_tiles(
-            Logits_ptr,
-            Idx_ptr,
-            W_ptr,
-            start_c=first_k,
-            end_c=end_k,
-            R=R,
-            H=H,
-            stride_row=stride_row,
-            stride_i=tiles,
-            stride_t=1,
-            VECTOR=VECTOR,
-            TOPK=TOPK,
-            R_SELECT=R_SELECT,
-            ONE_BLOCK=ONE_BLOCK,
-            BLOCK_H=BLOCK_H,
-        )
     for start_k in range(first_k, end_k, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
@@ -98,92 +72,8 @@ def _shrink_fwd_kernel(
     tl.store(s_ptrs, s, mask=mask_m[:, None] & (offs_r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "blocks_each"])
-def _shrink_bwd_kernel(
-    X_ptr,
-    DS_ptr,
-    Bank_ptr,
-    Idx_ptr,
-    W_ptr,
-    Seed_ptr,
-    DX_ptr,
-    DA_ptr,
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    tiles,
-    blocks_each,
-    drop_threshold,
-    drop_scale,
-    VECTOR: tl.constexpr,
-    TOPK: tl.constexpr,
-    R_PAD: tl.constexpr,
-    COPIES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    P_PAD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dx = ds A and dA = ds^T x, with the mask and the scale of dropout on x and dx; each where its pointer is given.
-
-    Program (i, j) takes BLOCK_C columns of x (M, K) and blocks_each blocks of BLOCK_M rows. It mixes the columns of A
-    (R, K) that they meet once, and streams x and ds (M, R) past them: it reads each element of x once, writes that of
-    dx (M, K) once, and writes its columns of partial j of dA (partials, R, K).
-    """
-    start_k = tl.program_id(0) * BLOCK_C
-    chunk = tl.program_id(1).to(tl.int64)
-    offs_k = (start_k + tl.arange(0, BLOCK_C)).to(tl.int64)
-    mask_k = offs_k < K
-    offs_n = tl.arange(0, COPIES * R_PAD)
-    offs_i = offs_n % R_PAD
-    mask_i = (offs_i < R) & (offs_n // R_PAD < SPLITS)
-    offs_p = tl.arange(0, PAIRS * P_PAD)
-    offs_pi = offs_p % P_PAD
-    mask_pi = offs_pi < R
-    if DX_ptr is not None:
-        a = mix(
-            Bank_ptr, Idx_ptr, W_ptr, offs_pi, mask_pi, start_k, K, VECTOR, TOPK, BLOCK_C, stride_i=tiles, stride_t=1
-        )  # (PAIRS * P_PAD, BLOCK_C)
-        a = term(a, right_term(offs_p // P_PAD)[:, None], SPLITS)
-    acc_da = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
-    first_m = chunk * blocks_each * BLOCK_M
-    for start_m in range(first_m, tl.minimum(M, first_m + blocks_each * BLOCK_M), BLOCK_M):
-        offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask_m = offs_m < M
-        mask_mk = mask_m[:, None] & mask_k[None, :]
-        if Seed_ptr is not None:
-            keep = keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_C)
-        if DA_ptr is not None:
-            x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-            x = tl.load(x_ptrs, mask=mask_mk, other=0.0)  # (BLOCK_M, BLOCK_C)
-            if Seed_ptr is not None:
-                x = tl.where(keep, x, 0.0)
-            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)
-            ds = term(ds, (offs_n // R_PAD)[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
-            acc_da = dot(tl.trans(x), ds, acc_da, INPUT_PRECISION)
-        if DX_ptr is not None:
-            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_pi, mask_pi, R, partials=1, stride_p=0)
-            ds = term(ds, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
-            dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)
-            if Seed_ptr is not None:
-                dx = tl.where(keep, dx * drop_scale, 0.0)
-            dx_ptrs = DX_ptr + offs_m[:, None] * K + offs_k[None, :]
-            tl.store(dx_ptrs, dx.to(DX_ptr.dtype.element_ty), mask=mask_mk)
-    if DA_ptr is not None:
-        offs_r = tl.arange(0, R_PAD)
-        da_ptrs = DA_ptr + (chunk * R + offs_r)[None, :] * K + offs_k[:, None]
-        da = sum_copies(acc_da, R_PAD, COPIES)
-        if Seed_ptr is not None:
-            da *= drop_scale
-        tl.store(da_ptrs, da, mask=mask_k[:, None] & (offs_r < R)[None, :])
-
-
 def launch_shrink_fwd(
-    x: Tensor, vector_bank: Tensor, indices: Tensor, weights: Tensor, logits: Tensor | None, r: int, dropout: Dropout
+    x: Tensor, vector_bank: Tensor, indices: Tensor, weights: Tensor, r: int, dropout: Dropout
 ) -> Tensor:
     """s = dropout(x) A^T, in partials.
 
@@ -191,15 +81,12 @@ def launch_shrink_fwd(
         x: (M, K), any strides.
         vector_bank: (num_vectors, vector_length), contiguous.
         indices, weights: (..., topk), int32 and fp32, contiguous: the selection of A's rows, r * K/vector_length of
-            them. Where `logits` are given this launch writes it.
-        logits: those of A, (rows, num_vectors), the last dimension contiguous.
+            them.
         dropout: what to drop of x.
     Returns:
         (partials, M, r) fp32, to be added up in order.
     """
     M, K = x.shape
-    H, vector_length = vector_bank.shape
-    topk = indices.shape[-1]
     config = tuning.shrink_fwd(M, K, x.dtype, r)
     partials = config.pop("PARTIALS")
     s = torch.empty((partials, M, r), dtype=torch.float32, device=x.device)
@@ -207,7 +94,6 @@ def launch_shrink_fwd(
         _shrink_fwd_kernel,
         (triton.cdiv(M, config["BLOCK_M"]), partials),
         X_ptr=x,
-        Logits_ptr=logits,
         Bank_ptr=vector_bank,
         Idx_ptr=indices,
         W_ptr=weights,
@@ -216,17 +102,14 @@ def launch_shrink_fwd(
         M=M,
         K=K,
         R=r,
-        H=H,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_row=0 if logits is None else logits.stride(0),
-        tiles=K // vector_length,
+        tiles=K // vector_bank.shape[1],
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
-        VECTOR=vector_length,
-        TOPK=topk,
+        VECTOR=vector_bank.shape[1],
+        TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
-        **tuning.select_tiles(H, topk, r),
         **tuning.copies(x.dtype, r),
         **config,
     )
@@ -254,34 +137,7 @@ def launch_shrink_bwd(
     Returns:
         dA, (partials, r, K) fp32, to be added up in order; None where not needed.
     """
-    M, K = x.shape
-    r, vector_length = ds.shape[1], vector_bank.shape[1]
-    config = tuning.two_products(M, K, x.dtype, r)
-    partials = config.pop("PARTIALS")
-    dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
-    launch(
-        _shrink_bwd_kernel,
-        (triton.cdiv(K, config["BLOCK_C"]), partials),
-        X_ptr=x,
-        DS_ptr=ds,
-        Bank_ptr=vector_bank,
-        Idx_ptr=indices,
-        W_ptr=weights,
-        Seed_ptr=dropout.seed,
-        DX_ptr=dx,
-        DA_ptr=dA,
-        M=M,
-        K=K,
-        R=r,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        tiles=K // vector_length,
-        drop_threshold=dropout.threshold,
-        drop_scale=dropout.scale,
-        VECTOR=vector_length,
-        TOPK=indices.shape[-1],
-        INPUT_PRECISION=tuning.input_precision(),
-        **(tuning.copies(x.dtype, r) | tuning.pairs(x.dtype, r)),
-        **config,
+    strides = (x.shape[1] // vector_bank.shape[1], 1)
+    return launch_expand(
+        ds[None], vector_bank, indices, weights, strides, x=x if need_dA else None, y=dx, dropout=dropout
     )
-    return dA

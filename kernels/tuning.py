@@ -68,15 +68,6 @@ def select(H: int, topk: int) -> dict[str, int]:
 FEW_ROWS = 16
 
 
-def select_tiles(H: int, topk: int, r: int) -> dict[str, int]:
-    """Selection inside a product, for the r rows of one tile."""
-    rows = power_of_2(r)
-    # In one block where it fits, else in small ones: between the two ptxas spills (tools.kernels_report).
-    one_block = power_of_2(H) * max(rows, power_of_2(topk)) <= 1024
-    block_h = power_of_2(H) if one_block else max(16, 512 // max(rows, power_of_2(topk)))
-    return {"R_SELECT": rows, "ONE_BLOCK": one_block, "BLOCK_H": block_h}
-
-
 def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
     """Rows, launch options and columns of the tile of an activation that one step of a product works on.
 
@@ -112,19 +103,26 @@ def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_K": block_k, **_shares(K, block_k, partials), **options}
 
 
-def expand_fwd(M: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    rows, options, columns = tile(M, dtype, r)
-    return {"BLOCK_M": rows, "BLOCK_N": columns, **options}
+def expand(M: int, C: int, dtype: torch.dtype, r: int, with_gradient: bool) -> dict[str, int]:
+    """A program takes a block of columns of an (M, C) activation and blocks_each of rows."""
+    one_by_one = r <= 4 and not with_gradient
+    if one_by_one:
+        rows, columns, options, programs = 16, 256, {"num_warps": 4, "num_stages": 1}, 4 * PROGRAMS
+    else:
+        rows, options, columns = tile(M, dtype, r)
+        programs = PROGRAMS
+        if r > 32 and dtype != torch.float32:
+            # Two accumulators of so many columns spill.
+            columns = 32
+    chunks = max(1, min(programs // cdiv(C, columns), cdiv(M, rows)))
+    return {"ONE_BY_ONE": one_by_one, "BLOCK_M": rows, "BLOCK_C": columns, **_shares(M, rows, chunks), **options}
 
 
-def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows."""
-    rows, options, columns = tile(M, dtype, r)
-    if r > 32 and dtype != torch.float32:
-        # Two accumulators of so many columns spill.
-        columns = 32
-    chunks = max(1, min(PROGRAMS // cdiv(C, columns), cdiv(M, rows)))
-    return {"BLOCK_M": rows, "BLOCK_C": columns, **_shares(M, rows, chunks), **options}
+def expand_bwd(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
+    """As `expand`, for the pass of backward over dy, (M, C)."""
+    config = expand(M, C, dtype, r, with_gradient=True)
+    del config["ONE_BY_ONE"]
+    return config
 
 
 def blocks_each(blocks: int, r: int) -> int:

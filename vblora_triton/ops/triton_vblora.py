@@ -159,25 +159,18 @@ def _linear_fwd(
     from vblora_triton.kernels.expand import launch_expand_fwd
     from vblora_triton.kernels.select import launch_select
     from vblora_triton.kernels.shrink import launch_shrink_fwd
-    from vblora_triton.kernels.tuning import FEW_ROWS
 
     if x.numel() == 0 or y.numel() == 0:
         # Nothing to multiply, and no launch: backward looks at none of these either.
         _write_base(y, base)
         return _linear_fake(y, x, base, logits_A, logits_B, vector_bank, topk)
-    rows_A, rows_B = as_rows(logits_A), as_rows(logits_B)
     with on_device(x.device):
-        if x.numel() <= FEW_ROWS * x.shape[-1]:
-            # The products select on the way, and write the selection.
-            selection: Any = _empty_selection(logits_A, logits_B, topk)
-            logits: tuple[Tensor | None, Tensor | None] = (rows_A, rows_B)
-        else:
-            selection, logits = launch_select(rows_A, rows_B, topk), (None, None)
+        selection: Any = launch_select(as_rows(logits_A), as_rows(logits_B), topk)
         indices_A, weights_A, indices_B, weights_B = selection
         x_rows, base_rows, y_rows = _as_matrices(x, base, y)
         bank, dropout = vector_bank.contiguous(), Dropout.of(dropout_p, seed)
-        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, logits[0], logits_A.shape[0], dropout)
-        s = launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, logits[1], y_rows)
+        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, logits_A.shape[0], dropout)
+        s = launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, y_rows)
     shapes = (logits_A.shape[:-1],) * 2 + (logits_B.shape[:-1],) * 2
     return s, *(t.view(*shape, topk) for t, shape in zip(selection, shapes, strict=True))
 
@@ -240,8 +233,8 @@ def _selected_fwd(
     x_rows, base_rows, y_rows = _as_matrices(x, base, y)
     bank, dropout = vector_bank.contiguous(), Dropout.of(dropout_p, seed)
     with on_device(x.device):
-        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, None, indices_A.shape[0], dropout)
-        return (launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, None, y_rows),)
+        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, indices_A.shape[0], dropout)
+        return (launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, y_rows),)
 
 
 def _selected_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> list:
