@@ -1,11 +1,13 @@
 """Composition: tiles of A and B mixed from bank vectors inside other kernels, and mixtures written out."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tuning
 from .launch import launch
+from .split import term
 
 
 @triton.jit
@@ -69,9 +71,11 @@ def _compose_fwd_kernel(
     rows,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Mix BLOCK_ROWS rows, BLOCK_C columns of each, and write them in their terms, Out (SPLITS, rows, VECTOR)."""
     offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask_row = offs_row < rows
     start_c = tl.program_id(1) * BLOCK_C
@@ -79,8 +83,14 @@ def _compose_fwd_kernel(
     out = mix(
         Bank_ptr, Idx_ptr, W_ptr, offs_row, mask_row, start_c, VECTOR, VECTOR, TOPK, BLOCK_C, stride_i=1, stride_t=0
     )
-    out_ptrs = Out_ptr + offs_row[:, None] * VECTOR + offs_c[None, :]
-    tl.store(out_ptrs, out.to(Out_ptr.dtype.element_ty), mask=mask_row[:, None] & (offs_c < VECTOR)[None, :])
+    out_ptrs = Out_ptr + (offs_row[:, None] * VECTOR + offs_c[None, :])
+    mask = mask_row[:, None] & (offs_c < VECTOR)[None, :]
+    for i in tl.static_range(SPLITS):
+        tl.store(
+            out_ptrs + tl.cast(rows, tl.int64) * (i * VECTOR),
+            term(out, i, SPLITS).to(Out_ptr.dtype.element_ty),
+            mask=mask,
+        )
 
 
 def launch_compose_fwd(vector_bank: Tensor, indices: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -89,7 +99,8 @@ def launch_compose_fwd(vector_bank: Tensor, indices: Tensor, weights: Tensor, ou
     Args:
         vector_bank: (num_vectors, vector_length), contiguous.
         indices, weights: (rows, topk), int32 and fp32, contiguous.
-        out: (rows, vector_length), contiguous, written.
+        out: (rows, vector_length), or (terms, rows, vector_length) for the bf16 terms of each mixture (split.py);
+            contiguous, written.
     """
     (rows, topk), vector_length = indices.shape, vector_bank.shape[1]
     config = tuning.compose(vector_length)
@@ -103,5 +114,13 @@ def launch_compose_fwd(vector_bank: Tensor, indices: Tensor, weights: Tensor, ou
         rows=rows,
         VECTOR=vector_length,
         TOPK=topk,
+        SPLITS=out.shape[0] if out.dim() == 3 else 1,
         **config,
     )
+
+
+def new_terms(r: int, K: int, vector_length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for A (r, K) as products with x of `dtype` read it, (terms, r * K/vector_length, vector_length)."""
+    splits = tuning.copies(dtype, r)["SPLITS"]
+    terms = torch.float32 if splits == 1 else torch.bfloat16
+    return torch.empty((splits, r * K // vector_length, vector_length), dtype=terms, device=device)

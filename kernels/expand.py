@@ -9,15 +9,14 @@ from . import tuning
 from .compose import mix
 from .launch import launch
 from .partials import load_rank_tile
-from .select import select_tiles
-from .split import dot, left_term, right_term, sum_copies, term
+from .split import dot, dot_terms, right_terms, sum_copies, term
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_each", "stride_sp"], do_not_specialize_on_alignment=["partials"])
 def _expand_fwd_kernel(
     S_ptr,
     Base_ptr,
-    Logits_ptr,
+    Bias_ptr,
     Bank_ptr,
     Idx_ptr,
     W_ptr,
@@ -26,79 +25,62 @@ def _expand_fwd_kernel(
     M,
     N,
     R,
-    H,
+    blocks_each,
     partials,
     stride_sp,
     stride_bm,
     stride_bn,
     stride_ym,
     stride_yn,
-    stride_row,
-    stride_t,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
-    P_PAD: tl.constexpr,
-    PAIRS: tl.constexpr,
+    R_PAD: tl.constexpr,
+    COPIES: tl.constexpr,
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    R_SELECT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = base + s B^T, with B (N, R) mixed from the bank tile by tile.
+    """y = base + bias + s B^T, where base and bias are given.
 
-    Program (i, j) reads BLOCK_M rows of s (partials, M, R) and adds up its partials, reads base (M, N) where there is
-    one, and writes BLOCK_M rows and BLOCK_N columns of y (M, N). Program (i, 0) also writes the sum of the partials to
-    STotal (M, R), where it is given. Where there are logits a program first selects for its rows of B, and writes the
-    selection.
+    Program (i, j) takes BLOCK_N columns of y (M, N) and blocks_each blocks of BLOCK_M rows. It mixes the rows of B
+    (N, R) that the columns meet once, and streams s (partials, M, R), whose partials it adds up, and base (M, N) past
+    them. Program (0, j) also writes the sum of the partials to STotal (M, R), where it is given.
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_n = tl.program_id(1) * BLOCK_N
+    start_n = tl.program_id(0) * BLOCK_N
     offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-    mask_m = offs_m < M
-    mask_mn = mask_m[:, None] & (offs_n < N)[None, :]
-    offs_p = tl.arange(0, PAIRS * P_PAD)
-    offs_i = offs_p % P_PAD
-    mask_i = offs_i < R
-    s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp)  # l2: bytes / PAIRS
-    if STotal_ptr is not None:
-        # Backward wants the sum of the partials; the first column of programs writes it, from its first pair.
-        total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
-        tl.store(total_ptrs, s, mask=mask_m[:, None] & (offs_p < tl.where(start_n == 0, R, 0))[None, :])
-    if Logits_ptr is not None:
-        select_tiles(
-            Logits_ptr,
-            Idx_ptr,
-            W_ptr,
-            start_c=start_n,
-            end_c=tl.minimum(N, start_n + BLOCK_N),
-            R=R,
-            H=H,
-            stride_row=stride_row,
-            stride_i=1,
-            stride_t=stride_t,
-            VECTOR=VECTOR,
-            TOPK=TOPK,
-            R_SELECT=R_SELECT,
-            ONE_BLOCK=ONE_BLOCK,
-            BLOCK_H=BLOCK_H,
-        )
+    mask_n = offs_n < N
+    offs_c = tl.arange(0, COPIES * R_PAD)
+    offs_i, copy = offs_c % R_PAD, offs_c // R_PAD
+    mask_i = (offs_i < R) & (copy < SPLITS)
     b = mix(
-        Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_N, stride_i=1, stride_t=stride_t
-    )  # (PAIRS * P_PAD, BLOCK_N); l2: bytes / PAIRS
-    s = term(s, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
-    b = term(b, right_term(offs_p // P_PAD)[:, None], SPLITS)
-    y = tl.dot(s, b, input_precision=INPUT_PRECISION)
-    if Base_ptr is not None:
-        base_ptrs = Base_ptr + offs_m[:, None] * stride_bm + offs_n[None, :] * stride_bn
-        y += tl.load(base_ptrs, mask=mask_mn, other=0.0).to(tl.float32)
-    y_ptrs = Y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
-    tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask_mn)
+        Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_n, N, VECTOR, TOPK, BLOCK_N, stride_i=1, stride_t=R
+    )  # (COPIES * R_PAD, BLOCK_N); l2: bytes / COPIES
+    b_high, b_middle, b_low = right_terms(b, SPLITS)
+    if Bias_ptr is not None:
+        bias = tl.load(Bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    first_m = tl.program_id(1).to(tl.int64) * blocks_each * BLOCK_M
+    for start_m in range(first_m, tl.minimum(M, first_m + blocks_each * BLOCK_M), BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask_mn = mask_m[:, None] & mask_n[None, :]
+        s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp)  # l2: bytes / COPIES
+        if STotal_ptr is not None:
+            # From the first copy.
+            total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
+            tl.store(total_ptrs, s, mask=mask_m[:, None] & (offs_c < tl.where(start_n == 0, R, 0))[None, :])
+        s = term(s, copy[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
+        y = dot_terms(s, b_high, b_middle, b_low, SPLITS, INPUT_PRECISION)
+        if Bias_ptr is not None:
+            y += bias
+        if Base_ptr is not None:
+            base_ptrs = Base_ptr + offs_m[:, None] * stride_bm + offs_n[None, :] * stride_bn
+            y += tl.load(base_ptrs, mask=mask_mn, other=0.0).to(tl.float32)
+        y_ptrs = Y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+        tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask_mn)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_m"])
 def _expand_bwd_kernel(
     DY_ptr,
     S_ptr,
@@ -110,7 +92,8 @@ def _expand_bwd_kernel(
     M,
     N,
     R,
-    blocks_each,
+    blocks_m,
+    blocks_n,
     stride_dym,
     stride_dyn,
     VECTOR: tl.constexpr,
@@ -120,16 +103,15 @@ def _expand_bwd_kernel(
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     MANY_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """ds = dy B and dB = dy^T s; each where its pointer is given.
 
-    Program (i, j) takes blocks_each blocks of BLOCK_C columns of dy (M, N), one after the other, and ROWS rows. It
-    mixes the rows of B (N, R) that a block meets once, and streams dy and s (M, R) past them: it reads each element of
-    dy once, adds up its rows of partial i of ds (partials, M, R), and writes its columns of partial j of dB (partials,
-    R, N).
+    Program (i, j) takes blocks_n blocks of BLOCK_C columns of dy (M, N), one after the other, and blocks_m of BLOCK_M
+    rows. It mixes the rows of B (N, R) that a block meets once, and streams dy and s (M, R) past them: it reads each
+    element of dy once, adds up its rows of partial i of ds (partials, M, R), and writes its columns of partial j of dB
+    (partials, R, N).
     """
     partial = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
@@ -138,8 +120,9 @@ def _expand_bwd_kernel(
     copy = offs_c // R_PAD
     mask_i = (offs_i < R) & (copy < SPLITS)
     offs_r = tl.arange(0, R_PAD)
-    for block in range(0, blocks_each):
-        start_n = (tl.program_id(0) * blocks_each + block) * BLOCK_C
+    first_m = chunk * blocks_m * BLOCK_M
+    for block in range(0, blocks_n):
+        start_n = (tl.program_id(0) * blocks_n + block) * BLOCK_C
         offs_n = (start_n + tl.arange(0, BLOCK_C)).to(tl.int64)
         mask_n = offs_n < N
         if DS_ptr is not None:
@@ -148,7 +131,7 @@ def _expand_bwd_kernel(
             )  # (COPIES * R_PAD, BLOCK_C); l2: bytes / COPIES
             b = tl.trans(term(b, copy[:, None], SPLITS))
         acc_db = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
-        for start_m in range(chunk * ROWS, tl.minimum(M, (chunk + 1) * ROWS), BLOCK_M):
+        for start_m in range(first_m, tl.minimum(M, first_m + blocks_m * BLOCK_M), BLOCK_M):
             offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
             mask_m = offs_m < M
             dy_ptrs = DY_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
@@ -177,37 +160,31 @@ def _expand_bwd_kernel(
 
 
 def launch_expand_fwd(
-    s: Tensor,
-    base: Tensor | None,
-    vector_bank: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    logits: Tensor | None,
-    y: Tensor,
+    s: Tensor, base: Tensor | None, vector_bank: Tensor, indices: Tensor, weights: Tensor, y: Tensor
 ) -> Tensor:
     """y = base + s B^T.
 
     Args:
         s: (partials, M, r) fp32, contiguous, of `shrink.launch_shrink_fwd`.
-        base: (M, N), any strides, or None.
+        base: (M, N), any strides, or None. Rows that are one and the same (stride 0), as a bias's, are read once.
         vector_bank: (num_vectors, vector_length), contiguous.
         indices, weights: (..., topk), int32 and fp32, contiguous: the selection of B's rows, N/vector_length * r of
-            them. Where `logits` are given this launch writes it.
-        logits: those of B, (rows, num_vectors), the last dimension contiguous.
+            them.
         y: (M, N), written; may be `base` itself.
     Returns:
         The sum of the partials of s, (M, r) fp32.
     """
-    partials, M, r = s.shape
-    N, (H, vector_length), topk = y.shape[1], vector_bank.shape, indices.shape[-1]
+    (partials, M, r), N = s.shape, y.shape[1]
     total = torch.empty((M, r), dtype=torch.float32, device=s.device) if partials > 1 else None
-    config = tuning.expand_fwd(M, y.dtype, r)
+    is_bias = base is not None and base.stride() == (0, 1)
+    bias, base = (base, None) if is_bias else (None, base)
+    config = tuning.expand_fwd(M, N, y.dtype, r)
     launch(
         _expand_fwd_kernel,
-        (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])),
+        (triton.cdiv(N, config["BLOCK_N"]), config.pop("PARTIALS")),
         S_ptr=s,
         Base_ptr=base,
-        Logits_ptr=logits,
+        Bias_ptr=bias,
         Bank_ptr=vector_bank,
         Idx_ptr=indices,
         W_ptr=weights,
@@ -216,20 +193,17 @@ def launch_expand_fwd(
         M=M,
         N=N,
         R=r,
-        H=H,
+        blocks_each=config.pop("blocks_each"),
         partials=partials,
         stride_sp=s.stride(0),
         stride_bm=0 if base is None else base.stride(0),
         stride_bn=0 if base is None else base.stride(1),
         stride_ym=y.stride(0),
         stride_yn=y.stride(1),
-        stride_row=0 if logits is None else logits.stride(0),
-        stride_t=r,
-        VECTOR=vector_length,
-        TOPK=topk,
+        VECTOR=vector_bank.shape[1],
+        TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
-        **tuning.select_tiles(H, topk, r),
-        **tuning.pairs(y.dtype, r),
+        **tuning.copies(y.dtype, r),
         **config,
     )
     return s[0] if total is None else total
@@ -257,9 +231,9 @@ def launch_expand_bwd(
     M, N = dy.shape
     r = s.shape[1]
     config = tuning.two_products(M, N, dy.dtype, r)
-    chunks, blocks = triton.cdiv(M, config["ROWS"]), triton.cdiv(N, config["BLOCK_C"])
-    blocks_each = tuning.blocks_each(blocks, r)
-    partials = triton.cdiv(blocks, blocks_each)
+    chunks, blocks = config.pop("PARTIALS"), triton.cdiv(N, config["BLOCK_C"])
+    blocks_n = tuning.blocks_each(blocks, r)
+    partials = triton.cdiv(blocks, blocks_n)
     ds = torch.empty((partials, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
     dB = torch.empty((chunks, r, N), dtype=torch.float32, device=dy.device) if need_dB else None
     launch(
@@ -275,13 +249,14 @@ def launch_expand_bwd(
         M=M,
         N=N,
         R=r,
-        blocks_each=blocks_each,
+        blocks_m=config.pop("blocks_each"),
+        blocks_n=blocks_n,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         VECTOR=vector_bank.shape[1],
         TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
-        MANY_BLOCKS=blocks_each > 1,
+        MANY_BLOCKS=blocks_n > 1,
         **tuning.copies(dy.dtype, r),
         **config,
     )

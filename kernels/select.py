@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
+from .split import term
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def _select_rows(
     ONE_BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Select for the rows offs_row, and write TOPK indices and weights of each."""
+    """Select for the rows offs_row, write TOPK indices and weights of each, and return them: (rows, K_PAD)."""
     offs_row = offs_row.to(tl.int64)
     BLOCK_ROWS: tl.constexpr = offs_row.shape[0]
     K_PAD: tl.constexpr = triton.next_power_of_2(TOPK)
@@ -70,73 +71,92 @@ def _select_rows(
     mask_out = mask_row[:, None] & (offs_k < TOPK)[None, :]
     tl.store(Idx_ptr + offs_out, indices, mask=mask_out)
     tl.store(W_ptr + offs_out, weights, mask=mask_out)
+    return indices, weights
 
 
 @triton.jit
-def select_tiles(
-    Logits_ptr,
-    Idx_ptr,
-    W_ptr,
-    start_c,
-    end_c,
-    R,
-    H,
-    stride_row,
-    stride_i,
-    stride_t,
+def _mix_rows(
+    Bank_ptr,
+    Out_ptr,
+    indices,
+    weights,
+    offs_row,
+    mask_row,
+    rows,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
-    R_SELECT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Select for every row of a composed matrix, in the tiles that hold columns start_c .. end_c; then `mix` may read.
-
-    Programs that share a tile write the same values to the same place; each reads back what it wrote itself.
-    """
-    offs_i = tl.arange(0, R_SELECT)
-    for tile in range(start_c // VECTOR, tl.cdiv(end_c, VECTOR)):
-        offs_row = offs_i * stride_i + tile * stride_t
-        _select_rows(Logits_ptr, Idx_ptr, W_ptr, offs_row, offs_i < R, H, stride_row, TOPK, ONE_BLOCK, BLOCK_H)
-    tl.debug_barrier()
+    """Mix what has been selected for the rows offs_row, and write it in its terms, Out (SPLITS, rows, VECTOR)."""
+    offs_k = tl.arange(0, indices.shape[1])[None, :]
+    for start_c in range(0, VECTOR, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)[None, :]
+        mask = mask_row[:, None] & (offs_c < VECTOR)
+        mixture = tl.zeros((offs_row.shape[0], BLOCK_C), dtype=tl.float32)
+        for k in range(TOPK):
+            index = tl.sum(tl.where(offs_k == k, indices, 0), axis=1)[:, None]
+            weight = tl.sum(tl.where(offs_k == k, weights, 0.0), axis=1)[:, None]
+            mixture += weight * tl.load(Bank_ptr + index * VECTOR + offs_c, mask=mask, other=0.0).to(tl.float32)
+        out_ptrs = Out_ptr + (offs_row.to(tl.int64)[:, None] * VECTOR + offs_c)
+        for i in tl.static_range(SPLITS):
+            tl.store(out_ptrs + tl.cast(rows, tl.int64) * (i * VECTOR), term(mixture, i, SPLITS), mask=mask)
 
 
 @triton.jit
 def _select_kernel(
     LogitsA_ptr,
     LogitsB_ptr,
+    Bank_ptr,
     IdxA_ptr,
     WA_ptr,
     IdxB_ptr,
     WB_ptr,
+    A_ptr,
     rows_A,
     rows_B,
     H,
     stride_A,
     stride_B,
+    VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
+    SPLITS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Programs for blocks of rows of logits_A come first, then those for logits_B."""
+    """Programs for blocks of rows of logits_A come first, then those for logits_B.
+
+    The first ones also write the mixtures of their rows in their terms, A (SPLITS, rows_A, VECTOR), where it is given.
+    """
     pid = tl.program_id(0)
     programs_A = tl.cdiv(rows_A, BLOCK_ROWS)
     offs = tl.arange(0, BLOCK_ROWS)
     if pid < programs_A:
         offs_row = pid * BLOCK_ROWS + offs
-        _select_rows(LogitsA_ptr, IdxA_ptr, WA_ptr, offs_row, offs_row < rows_A, H, stride_A, TOPK, ONE_BLOCK, BLOCK_H)
+        mask = offs_row < rows_A
+        indices, weights = _select_rows(
+            LogitsA_ptr, IdxA_ptr, WA_ptr, offs_row, mask, H, stride_A, TOPK, ONE_BLOCK, BLOCK_H
+        )
+        if A_ptr is not None:
+            _mix_rows(Bank_ptr, A_ptr, indices, weights, offs_row, mask, rows_A, VECTOR, TOPK, SPLITS, BLOCK_C)
     else:
         offs_row = (pid - programs_A) * BLOCK_ROWS + offs
         _select_rows(LogitsB_ptr, IdxB_ptr, WB_ptr, offs_row, offs_row < rows_B, H, stride_B, TOPK, ONE_BLOCK, BLOCK_H)
 
 
-def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Select for the rows of both logits in one launch.
+def launch_select(
+    logits_A: Tensor, logits_B: Tensor, topk: int, vector_bank: Tensor | None = None, A: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Select for the rows of both logits in one launch, and mix those of A where it is given.
 
     Args:
         logits_A, logits_B: (rows_A, num_vectors) and (rows_B, num_vectors), the last dimension contiguous.
         topk: at most num_vectors.
+        vector_bank: (num_vectors, vector_length), contiguous; where A is given.
+        A: (terms, rows_A, vector_length), contiguous, written: of each mixture its bf16 terms (split.py), or in fp32
+            the mixture.
     Returns:
         indices_A, weights_A, indices_B, weights_B: (rows, topk), int32 and fp32, the largest logit of a row first.
     """
@@ -146,23 +166,28 @@ def launch_select(logits_A: Tensor, logits_B: Tensor, topk: int) -> tuple[Tensor
         for rows in (rows_A, rows_B)
         for dtype in (torch.int32, torch.float32)
     )
-    config = tuning.select(H, topk)
+    splits, _, vector_length = (1, 0, 1) if A is None else A.shape
+    config = tuning.select(H, topk, vector_length)
     rows = config["BLOCK_ROWS"]
     launch(
         _select_kernel,
         (triton.cdiv(rows_A, rows) + triton.cdiv(rows_B, rows),),
         LogitsA_ptr=logits_A,
         LogitsB_ptr=logits_B,
+        Bank_ptr=vector_bank,
         IdxA_ptr=indices_A,
         WA_ptr=weights_A,
         IdxB_ptr=indices_B,
         WB_ptr=weights_B,
+        A_ptr=A,
         rows_A=rows_A,
         rows_B=rows_B,
         H=H,
         stride_A=logits_A.stride(0),
         stride_B=logits_B.stride(0),
+        VECTOR=vector_length,
         TOPK=topk,
+        SPLITS=splits,
         **config,
     )
     return indices_A, weights_A, indices_B, weights_B

@@ -10,14 +10,13 @@ from .compose import mix
 from .dropout import Dropout, keep_mask
 from .launch import launch
 from .partials import load_rank_tile
-from .select import select_tiles
-from .split import dot, left_term, right_term, sum_copies, term
+from .split import dot, dot_terms, right_terms, sum_copies, term
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_each"])
 def _shrink_fwd_kernel(
     X_ptr,
-    Logits_ptr,
+    A_ptr,
     Bank_ptr,
     Idx_ptr,
     W_ptr,
@@ -26,10 +25,9 @@ def _shrink_fwd_kernel(
     M,
     K,
     R,
-    H,
+    blocks_each,
     stride_xm,
     stride_xk,
-    stride_row,
     tiles,
     drop_threshold,
     drop_scale,
@@ -39,54 +37,37 @@ def _shrink_fwd_kernel(
     COPIES: tl.constexpr,
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    R_SELECT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """s = dropout(x) A^T, with A (R, K) mixed from the bank tile by tile.
+    """s = dropout(x) A^T, with A (R, K) read in its terms, A (SPLITS, R, K), or mixed from the bank tile by tile.
 
-    Program (i, j) reads BLOCK_M rows and COLUMNS columns of x (M, K), each element once, and writes its rows of partial
-    j of s (partials, M, R). Where there are logits it first selects for its columns of A, and writes the selection.
+    Program (i, j) reads BLOCK_M rows and blocks_each blocks of BLOCK_K columns of x (M, K), each element once, and
+    writes its rows of partial j of s (partials, M, R).
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     partial = tl.program_id(1)
     offs_n = tl.arange(0, COPIES * R_PAD)
-    offs_i = offs_n % R_PAD
-    mask_i = (offs_i < R) & (offs_n // R_PAD < SPLITS)
+    offs_i, copy = offs_n % R_PAD, offs_n // R_PAD
+    mask_i = (offs_i < R) & (copy < SPLITS)
     acc = tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32)
-    end_k = tl.minimum(K, (partial + 1) * COLUMNS)
-    if Logits_ptr is not None:
-        select_tiles(
-            Logits_ptr,
-            Idx_ptr,
-            W_ptr,
-            start_c=partial * COLUMNS,
-            end_c=end_k,
-            R=R,
-            H=H,
-            stride_row=stride_row,
-            stride_i=tiles,
-            stride_t=1,
-            VECTOR=VECTOR,
-            TOPK=TOPK,
-            R_SELECT=R_SELECT,
-            ONE_BLOCK=ONE_BLOCK,
-            BLOCK_H=BLOCK_H,
-        )
-    for start_k in range(partial * COLUMNS, end_k, BLOCK_K):
+    first_k = partial * blocks_each * BLOCK_K
+    for start_k in range(first_k, tl.minimum(K, first_k + blocks_each * BLOCK_K), BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
         if Seed_ptr is not None:
             x = tl.where(keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K), x, 0.0)
-        a = mix(
-            Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_k, K, VECTOR, TOPK, BLOCK_K, stride_i=tiles, stride_t=1
-        )  # (COPIES * R_PAD, BLOCK_K); l2: bytes / COPIES
-        acc = dot(x, tl.trans(term(a, (offs_n // R_PAD)[:, None], SPLITS)), acc, INPUT_PRECISION)
+        if A_ptr is not None:
+            a_ptrs = A_ptr + ((copy * R + offs_i).to(tl.int64)[:, None] * K + offs_k[None, :])
+            a = tl.load(a_ptrs, mask=mask_i[:, None] & (offs_k < K)[None, :], other=0.0)  # (COPIES * R_PAD, BLOCK_K)
+        else:
+            a = mix(
+                Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_k, K, VECTOR, TOPK, BLOCK_K, stride_i=tiles, stride_t=1
+            )  # (COPIES * R_PAD, BLOCK_K); l2: bytes / COPIES
+            a = term(a, copy[:, None], SPLITS)
+        acc = dot(x, tl.trans(a), acc, INPUT_PRECISION)
     offs_r = tl.arange(0, R_PAD)
     s_ptrs = S_ptr + (partial.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
     s = sum_copies(acc, R_PAD, COPIES)
@@ -96,7 +77,7 @@ def _shrink_fwd_kernel(
     tl.store(s_ptrs, s, mask=mask_m[:, None] & (offs_r < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks_each"])
 def _shrink_bwd_kernel(
     X_ptr,
     DS_ptr,
@@ -109,6 +90,7 @@ def _shrink_bwd_kernel(
     M,
     K,
     R,
+    blocks_each,
     stride_xm,
     stride_xk,
     tiles,
@@ -119,55 +101,46 @@ def _shrink_bwd_kernel(
     R_PAD: tl.constexpr,
     COPIES: tl.constexpr,
     SPLITS: tl.constexpr,
-    P_PAD: tl.constexpr,
-    PAIRS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dx = ds A and dA = ds^T x, with the mask and the scale of dropout on x and dx; each where its pointer is given.
 
-    Program (i, j) takes BLOCK_C columns of x (M, K) and ROWS rows. It mixes the columns of A (R, K) that they meet
-    once, and streams x and ds (M, R) past them: it reads each element of x once, writes that of dx (M, K) once, and
-    writes its columns of partial j of dA (partials, R, K).
+    Program (i, j) takes BLOCK_C columns of x (M, K) and blocks_each blocks of BLOCK_M rows. It mixes the columns of A
+    (R, K) that they meet once, and streams x and ds (M, R) past them: it reads each element of x once, writes that of
+    dx (M, K) once, and writes its columns of partial j of dA (partials, R, K).
     """
     start_k = tl.program_id(0) * BLOCK_C
     chunk = tl.program_id(1).to(tl.int64)
     offs_k = (start_k + tl.arange(0, BLOCK_C)).to(tl.int64)
     mask_k = offs_k < K
     offs_n = tl.arange(0, COPIES * R_PAD)
-    offs_i = offs_n % R_PAD
-    mask_i = (offs_i < R) & (offs_n // R_PAD < SPLITS)
-    offs_p = tl.arange(0, PAIRS * P_PAD)
-    offs_pi = offs_p % P_PAD
-    mask_pi = offs_pi < R
+    offs_i, copy = offs_n % R_PAD, offs_n // R_PAD
+    mask_i = (offs_i < R) & (copy < SPLITS)
     if DX_ptr is not None:
         a = mix(
-            Bank_ptr, Idx_ptr, W_ptr, offs_pi, mask_pi, start_k, K, VECTOR, TOPK, BLOCK_C, stride_i=tiles, stride_t=1
-        )  # (PAIRS * P_PAD, BLOCK_C); l2: bytes / max(COPIES, PAIRS)
-        a = term(a, right_term(offs_p // P_PAD)[:, None], SPLITS)
+            Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_k, K, VECTOR, TOPK, BLOCK_C, stride_i=tiles, stride_t=1
+        )  # (COPIES * R_PAD, BLOCK_C); l2: bytes / COPIES
+        a_high, a_middle, a_low = right_terms(a, SPLITS)
     acc_da = tl.zeros((BLOCK_C, COPIES * R_PAD), dtype=tl.float32)
-    for start_m in range(chunk * ROWS, tl.minimum(M, (chunk + 1) * ROWS), BLOCK_M):
+    first_m = chunk * blocks_each * BLOCK_M
+    for start_m in range(first_m, tl.minimum(M, first_m + blocks_each * BLOCK_M), BLOCK_M):
         offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < M
         mask_mk = mask_m[:, None] & mask_k[None, :]
         if Seed_ptr is not None:
             keep = keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_C)
+        ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)  # l2: bytes / COPIES
+        ds = term(ds, copy[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
         if DA_ptr is not None:
             x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
             x = tl.load(x_ptrs, mask=mask_mk, other=0.0)  # (BLOCK_M, BLOCK_C)
             if Seed_ptr is not None:
                 x = tl.where(keep, x, 0.0)
-            ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)  # l2: bytes / COPIES
-            ds = term(ds, (offs_n // R_PAD)[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
             acc_da = dot(tl.trans(x), ds, acc_da, INPUT_PRECISION)
         if DX_ptr is not None:
-            ds = load_rank_tile(
-                DS_ptr, offs_m, mask_m, offs_pi, mask_pi, R, partials=1, stride_p=0
-            )  # l2: bytes / PAIRS
-            ds = term(ds, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
-            dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)
+            dx = dot_terms(ds, a_high, a_middle, a_low, SPLITS, INPUT_PRECISION)
             if Seed_ptr is not None:
                 dx = tl.where(keep, dx * drop_scale, 0.0)
             dx_ptrs = DX_ptr + offs_m[:, None] * K + offs_k[None, :]
@@ -182,23 +155,21 @@ def _shrink_bwd_kernel(
 
 
 def launch_shrink_fwd(
-    x: Tensor, vector_bank: Tensor, indices: Tensor, weights: Tensor, logits: Tensor | None, r: int, dropout: Dropout
+    x: Tensor, A: Tensor | None, vector_bank: Tensor, indices: Tensor, weights: Tensor, r: int, dropout: Dropout
 ) -> Tensor:
     """s = dropout(x) A^T, in partials.
 
     Args:
         x: (M, K), any strides.
+        A: A's terms (`compose.new_terms`), written; None where A is to be mixed here, tile by tile.
         vector_bank: (num_vectors, vector_length), contiguous.
         indices, weights: (..., topk), int32 and fp32, contiguous: the selection of A's rows, r * K/vector_length of
-            them. Where `logits` are given this launch writes it.
-        logits: those of A, (rows, num_vectors), the last dimension contiguous.
+            them.
         dropout: what to drop of x.
     Returns:
         (partials, M, r) fp32, to be added up in order.
     """
     M, K = x.shape
-    H, vector_length = vector_bank.shape
-    topk = indices.shape[-1]
     config = tuning.shrink_fwd(M, K, x.dtype, r)
     partials = config.pop("PARTIALS")
     s = torch.empty((partials, M, r), dtype=torch.float32, device=x.device)
@@ -206,7 +177,7 @@ def launch_shrink_fwd(
         _shrink_fwd_kernel,
         (triton.cdiv(M, config["BLOCK_M"]), partials),
         X_ptr=x,
-        Logits_ptr=logits,
+        A_ptr=A,
         Bank_ptr=vector_bank,
         Idx_ptr=indices,
         W_ptr=weights,
@@ -215,17 +186,15 @@ def launch_shrink_fwd(
         M=M,
         K=K,
         R=r,
-        H=H,
+        blocks_each=config.pop("blocks_each"),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_row=0 if logits is None else logits.stride(0),
-        tiles=K // vector_length,
+        tiles=K // vector_bank.shape[1],
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
-        VECTOR=vector_length,
-        TOPK=topk,
+        VECTOR=vector_bank.shape[1],
+        TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
-        **tuning.select_tiles(H, topk, r),
         **tuning.copies(x.dtype, r),
         **config,
     )
@@ -256,7 +225,7 @@ def launch_shrink_bwd(
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
     config = tuning.two_products(M, K, x.dtype, r)
-    partials = triton.cdiv(M, config["ROWS"])
+    partials = config.pop("PARTIALS")
     dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(
         _shrink_bwd_kernel,
@@ -272,6 +241,7 @@ def launch_shrink_bwd(
         M=M,
         K=K,
         R=r,
+        blocks_each=config.pop("blocks_each"),
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         tiles=K // vector_length,
@@ -280,7 +250,7 @@ def launch_shrink_bwd(
         VECTOR=vector_length,
         TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
-        **(tuning.copies(x.dtype, r) | tuning.pairs(x.dtype, r)),
+        **tuning.copies(x.dtype, r),
         **config,
     )
     return dA

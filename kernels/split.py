@@ -7,17 +7,25 @@ bits, 2 hold 16.
   term, and `sum_copies` adds up what comes of them: 4 copies for 3 terms, the last one empty, and 2 for 2. At r <= 4
   the 16 columns that the matrix unit wants anyway hold all three terms. An fp16 activation itself goes in as two terms,
   which is exact.
-* Where both operands are fp32 values, PAIRS blocks stand side by side along the dimension that is summed, one for each
-  product of two terms: 8 for 3 terms and 4 for 2, in the order that `left_term` lists.
+* Where both operands are fp32 values, the left one stands there in its copies, and meets in turn each term of the
+  right one: `dot_terms`.
 
 An infinity has no such terms (inf - inf): it makes its row NaN, where eager PyTorch may keep it infinite.
 
-fp32 activations meet the fp32 values themselves: 1 term, 1 copy, 1 pair. R_PAD and P_PAD are how many columns a copy
-and a pair have.
+fp32 activations meet the fp32 values themselves: 1 term, 1 copy. R_PAD is how many columns a copy has.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def terms(value):
+    """The three bf16 terms of an fp32 value."""
+    high = value.to(tl.bfloat16)
+    rest = value - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -26,33 +34,33 @@ def term(value, which, SPLITS: tl.constexpr):
     if SPLITS == 1:
         return value
     else:
-        high = value.to(tl.bfloat16)
-        rest = value - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        terms = tl.where(which == 0, high, middle)
+        high, middle, low = terms(value)
+        found = tl.where(which == 0, high, middle)
         if SPLITS == 3:
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            terms = tl.where(which == 2, low, terms)
-        return terms
+            found = tl.where(which == 2, low, found)
+        return found
 
 
 @triton.jit
-def left_term(pair):
-    """Number of the left operand's term in a pair; `right_term` is that of the right operand.
-
-    pair    0     1       2       3       4     5     6       7
-    left    high  high    middle  middle  high  low   middle  low
-    right   high  middle  high    middle  low   high  low     middle
-
-    Two terms have the first four pairs. The ninth pair of three, low with low, lies below the last bit of fp32.
-    """
-    return tl.where(pair < 4, pair // 2, tl.where(pair % 2 == 1, 2, (pair - 4) // 2))
+def right_terms(value, SPLITS: tl.constexpr):
+    """What `dot_terms` wants of its right operand, an fp32 value."""
+    if SPLITS == 1:
+        return value, value, value
+    else:
+        return terms(value)
 
 
 @triton.jit
-def right_term(pair):
-    """Number of the right operand's term in a pair; the table is in `left_term`."""
-    return tl.where(pair < 4, pair % 2, tl.where(pair % 2 == 1, (pair - 5) // 2, 2))
+def dot_terms(left, high, middle, low, SPLITS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """left @ right of two fp32 values: left in copies (`term`), right in its terms, the smallest products first."""
+    if SPLITS == 1:
+        return tl.dot(left, high, input_precision=INPUT_PRECISION)
+    else:
+        acc = tl.zeros((left.shape[0], high.shape[1]), dtype=tl.float32)
+        if SPLITS == 3:
+            acc = tl.dot(left, low, acc)
+        acc = tl.dot(left, middle, acc)
+        return tl.dot(left, high, acc)
 
 
 @triton.jit

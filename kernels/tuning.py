@@ -36,13 +36,6 @@ def copies(dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"R_PAD": max(16 // count, power_of_2(r)), "COPIES": count, "SPLITS": splits}
 
 
-def pairs(dtype: torch.dtype, r: int) -> dict[str, int]:
-    """Columns over which two fp32 operands of rank r are multiplied, for a result in `dtype`: at least 16."""
-    splits = _splits(dtype, r)
-    count = {1: 1, 2: 4, 3: 8}[splits]
-    return {"P_PAD": max(16 // count, power_of_2(r)), "PAIRS": count, "SPLITS": splits}
-
-
 def input_precision() -> str:
     """How fp32 activations are multiplied: as `torch.get_float32_matmul_precision()` says.
 
@@ -54,27 +47,19 @@ def input_precision() -> str:
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
 
 
-def select(H: int, topk: int) -> dict[str, int]:
-    block_h = min(power_of_2(H), 4096)
+def select(H: int, topk: int, vector_length: int) -> dict[str, int]:
+    block_h = power_of_2(H) if H <= 4096 else 2048
     return {
         "ONE_BLOCK": block_h >= H,
         "BLOCK_ROWS": max(1, 1024 // max(block_h, power_of_2(topk))),
         "BLOCK_H": block_h,
+        "BLOCK_C": min(256, power_of_2(vector_length)),
         "num_warps": 8 if block_h >= 2048 else 4,
     }
 
 
-# Rows up to which selection is part of the products: one launch less, where there is little else to do.
+# Rows up to which A is mixed inside the product with x: few programs read it then, and none twice.
 FEW_ROWS = 16
-
-
-def select_tiles(H: int, topk: int, r: int) -> dict[str, int]:
-    """Selection inside a product, for the r rows of one tile."""
-    rows = power_of_2(r)
-    # In one block where it fits, else in small ones: between the two ptxas spills (tools.kernels_report).
-    one_block = power_of_2(H) * max(rows, power_of_2(topk)) <= 1024
-    block_h = power_of_2(H) if one_block else max(16, 512 // max(rows, power_of_2(topk)))
-    return {"R_SELECT": rows, "ONE_BLOCK": one_block, "BLOCK_H": block_h}
 
 
 def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
@@ -95,27 +80,44 @@ def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
     return rows, {"num_warps": warps, "num_stages": stages}, columns
 
 
+def _shares(size: int, block: int, programs: int) -> dict[str, int]:
+    """Blocks of each program where about `programs` of them share `size`, and how many programs that makes.
+
+    Blocks and not elements: their number follows M and is not known to the compiler, that their size divides where a
+    program starts is.
+    """
+    each = cdiv(cdiv(size, programs), block)
+    return {"blocks_each": each, "PARTIALS": cdiv(size, each * block)}
+
+
 def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """PARTIALS programs share the columns of one block of rows; each takes COLUMNS of them."""
+    """PARTIALS programs share the columns of one block of rows; each takes blocks_each blocks of them.
+
+    One partial from 4096 rows on: whoever reads s adds up its partials again for every block of columns of y.
+    """
     rows, options, block_k = tile(M, dtype, r)
-    partials = max(1, min(PROGRAMS // cdiv(M, rows), cdiv(K, 512)))
-    columns = cdiv(cdiv(K, partials), block_k) * block_k
-    return {"BLOCK_M": rows, "BLOCK_K": block_k, "COLUMNS": columns, "PARTIALS": cdiv(K, columns), **options}
+    if dtype != torch.float32 and r <= 16 and M > FEW_ROWS:
+        rows, options, block_k = 32, {"num_warps": 4, "num_stages": 4}, 128
+    partials = max(1, min(PROGRAMS // 2 // cdiv(M, rows), cdiv(K, 512)))
+    return {"BLOCK_M": rows, "BLOCK_K": block_k, **_shares(K, block_k, partials), **options}
 
 
-def expand_fwd(M: int, dtype: torch.dtype, r: int) -> dict[str, int]:
+def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
+    """A program takes a block of columns of y and blocks_each blocks of rows."""
     rows, options, columns = tile(M, dtype, r)
-    return {"BLOCK_M": rows, "BLOCK_N": columns, **options}
+    chunks = max(1, min(2 * PROGRAMS // cdiv(N, columns), cdiv(M, rows)))
+    # Nothing large is read, and so nothing read ahead.
+    return {"BLOCK_M": rows, "BLOCK_N": columns, **_shares(M, rows, chunks), **options, "num_stages": 1}
 
 
 def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """Either pass of backward over an (M, C) activation: a program takes one block of columns and ROWS rows."""
+    """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows."""
     rows, options, columns = tile(M, dtype, r)
     if r > 32 and dtype != torch.float32:
         # Two accumulators of so many columns spill.
         columns = 32
     chunks = max(1, min(PROGRAMS // cdiv(C, columns), cdiv(M, rows)))
-    return {"BLOCK_M": rows, "BLOCK_C": columns, "ROWS": cdiv(cdiv(M, chunks), rows) * rows, **options}
+    return {"BLOCK_M": rows, "BLOCK_C": columns, **_shares(M, rows, chunks), **options}
 
 
 def blocks_each(blocks: int, r: int) -> int:

@@ -21,11 +21,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Passes(NamedTuple):
     """Both passes of one adapted linear on meta tensors.
 
-    given: what the passes are given, the activations among it first. forward: what `backward` wants of it, y first.
+    given: what the passes are given beside a base, x first. forward: given the base's result, or None where its product
+    is added afterwards; what `backward` wants of it, y first.
     """
 
     given: tuple[torch.Tensor, ...]
-    forward: Callable[[], tuple[torch.Tensor, ...]]
+    forward: Callable[[torch.Tensor | None], tuple[torch.Tensor, ...]]
     backward: Callable[[tuple[torch.Tensor, ...]], list[torch.Tensor]]
 
 
@@ -34,7 +35,7 @@ def vblora_passes(
 ) -> Passes:
     """Forward and backward of one linear adapted by VB-LoRA."""
     meta = {"device": "meta"}
-    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
+    x = torch.empty(M, K, dtype=dtype, **meta)
     logits_A, logits_B = torch.empty(r, K // b, h, **meta), torch.empty(N // b, r, h, **meta)
     bank = torch.empty(h, b, **meta)
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
@@ -45,8 +46,8 @@ def vblora_passes(
         return linear.bwd.unobserved(dy, x, *saved, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
 
     return Passes(
-        (x, base, logits_A, logits_B, bank),
-        lambda: linear.fwd.unobserved(x, base, logits_A, logits_B, bank, k, p, seed),
+        (x, logits_A, logits_B, bank),
+        lambda base: linear.fwd.unobserved(x, base, logits_A, logits_B, bank, k, p, seed),
         backward,
     )
 
@@ -54,12 +55,12 @@ def vblora_passes(
 def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0) -> Passes:
     """Forward and backward of one linear adapted by VeRA."""
     meta = {"device": "meta"}
-    x, base = torch.empty(M, K, dtype=dtype, **meta), torch.empty(M, N, dtype=dtype, **meta)
+    x = torch.empty(M, K, dtype=dtype, **meta)
     _, _, A, _ = frozen = tuple(torch.empty(shape, **meta) for shape in ((N,), (r,), (r, K), (N, r)))
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
     linear = triton_vera.linear
 
-    def forward() -> tuple[torch.Tensor, ...]:
+    def forward(base: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
         return *linear.fwd.unobserved(x, base, *frozen, *projected, p, seed), *projected
 
@@ -67,16 +68,23 @@ def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: 
         dy, *projected = found
         return linear.bwd.unobserved(dy, *frozen, *projected, list(x.shape), dtype, p, seed, [True] * 3)
 
-    return Passes((x, base, *frozen), forward, backward)
+    return Passes((x, *frozen), forward, backward)
+
+
+def bases(M: int, N: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """What stands in the place of the base's result: it, or of a base whose product is added later nothing or a bias."""
+    meta = {"device": "meta"}
+    return [torch.empty(M, N, dtype=dtype, **meta), torch.empty(N, dtype=dtype, **meta).expand(M, N), None]
 
 
 def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2, p: float = 0.0, **sizes: int):
     """Forward and backward of one adapted linear, and a composition, on meta tensors: every launch that ships."""
     passes = vblora_passes(K, N, M, h, dtype, k=k, p=p, **sizes)
-    x, base, logits_A, _, bank = passes.given
-    found = passes.forward()
+    x, logits_A, _, bank = passes.given
+    for base in bases(M, N, dtype):
+        found = passes.forward(base)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
-    triton_vblora.linear_selected.fwd.unobserved(x, base, *found[2:], bank, p, seed)
+    triton_vblora.linear_selected.fwd.unobserved(x, None, *found[2:], bank, p, seed)
     passes.backward(found)
     triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
 
@@ -84,7 +92,9 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
 def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, **sizes: Any):
     """Forward and backward of one linear adapted by VeRA, on meta tensors: every launch that ships."""
     passes = vera_passes(K, N, M, dtype, **sizes)
-    passes.backward(passes.forward())
+    for base in bases(M, N, dtype):
+        found = passes.forward(base)
+    passes.backward(found)
 
 
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.
@@ -154,6 +164,7 @@ def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
                     for key, value in kernel.arguments.items()
                     if key.startswith("BLOCK") or key == "num_warps"
                 }
+                row |= {name: kernel.arguments.get(f"{name}_ptr") is not None for name in ("Base", "Bias")}
                 for bits in (32, 64):
                     row[f"offsets_{bits}"] = activation_offsets(kernel.ttir, case["dtype"], bits)
                 if with_sass and target.startswith("sm") and case["M"] == 4096:
@@ -161,7 +172,9 @@ def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
                     row |= {
                         "wide_loads": len(re.findall(r"LDG(?:STS)?\.E[.\w]*\.128", code)),
                         "narrow_loads": len(re.findall(r"LDG\.E\.U16", code)),
+                        "wide_stores": len(re.findall(r"STG\.E[.\w]*\.128", code)),
                         "hgmma": code.count("HGMMA"),
+                        "hmma": len(re.findall(r"\bHMMA", code)),
                     }
                 rows.append(row)
     return rows

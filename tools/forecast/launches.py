@@ -52,9 +52,9 @@ def collect(method: str, K: int, N: int, M: int, *, r: int, h: int = 256, p: flo
             compiled.clear()
 
         with launch.intercepted(note):
-            kept = passes.forward()
-            # x, base and y; what forward keeps beside y was written just now.
-            launches("forward", [*given[:2], kept[0]], [*given, *kept])
+            kept = passes.forward(None)
+            # x and y; what forward keeps beside y was written just now.
+            launches("forward", [given[0], kept[0]], [*given, *kept])
             grads = passes.backward(kept)
             # What forward kept has long left L2.
             launches("backward", [given[0], *kept, grads[0]], [*given, *kept, *grads])

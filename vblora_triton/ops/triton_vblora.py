@@ -155,31 +155,45 @@ def _linear_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Write y; return s and the selection."""
-    from vblora_triton.kernels.dropout import Dropout
-    from vblora_triton.kernels.expand import launch_expand_fwd
+    from vblora_triton.kernels.compose import new_terms
     from vblora_triton.kernels.select import launch_select
-    from vblora_triton.kernels.shrink import launch_shrink_fwd
     from vblora_triton.kernels.tuning import FEW_ROWS
 
     if x.numel() == 0 or y.numel() == 0:
         # Nothing to multiply, and no launch: backward looks at none of these either.
         _write_base(y, base)
         return _linear_fake(y, x, base, logits_A, logits_B, vector_bank, topk)
-    rows_A, rows_B = as_rows(logits_A), as_rows(logits_B)
+    rows_A, rows_B, bank, r = as_rows(logits_A), as_rows(logits_B), vector_bank.contiguous(), logits_A.shape[0]
     with on_device(x.device):
-        if x.numel() <= FEW_ROWS * x.shape[-1]:
-            # The products select on the way, and write the selection.
-            selection: Any = _empty_selection(logits_A, logits_B, topk)
-            logits: tuple[Tensor | None, Tensor | None] = (rows_A, rows_B)
-        else:
-            selection, logits = launch_select(rows_A, rows_B, topk), (None, None)
-        indices_A, weights_A, indices_B, weights_B = selection
-        x_rows, base_rows, y_rows = _as_matrices(x, base, y)
-        bank, dropout = vector_bank.contiguous(), Dropout.of(dropout_p, seed)
-        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, logits[0], logits_A.shape[0], dropout)
-        s = launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, logits[1], y_rows)
+        A = None
+        if x.numel() > FEW_ROWS * x.shape[-1]:
+            A = new_terms(r, x.shape[-1], bank.shape[1], x.dtype, x.device)
+        selection = launch_select(rows_A, rows_B, topk, bank, A)
+        s = _products(y, x, base, A, selection, bank, r, dropout_p, seed)
     shapes = (logits_A.shape[:-1],) * 2 + (logits_B.shape[:-1],) * 2
     return s, *(t.view(*shape, topk) for t, shape in zip(selection, shapes, strict=True))
+
+
+def _products(
+    y: Tensor,
+    x: Tensor,
+    base: Tensor | None,
+    A: Tensor | None,
+    selection: tuple[Tensor, Tensor, Tensor, Tensor],
+    bank: Tensor,
+    r: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Write y = base + dropout(x) A^T B^T; return s. A: its terms, or None where they are not kept."""
+    from vblora_triton.kernels.dropout import Dropout
+    from vblora_triton.kernels.expand import launch_expand_fwd
+    from vblora_triton.kernels.shrink import launch_shrink_fwd
+
+    indices_A, weights_A, indices_B, weights_B = selection
+    x_rows, base_rows, y_rows = _as_matrices(x, base, y)
+    s = launch_shrink_fwd(x_rows, A, bank, indices_A, weights_A, r, Dropout.of(dropout_p, seed))
+    return launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, y_rows)
 
 
 def _write_base(y: Tensor, base: Tensor | None) -> None:
@@ -230,18 +244,19 @@ def _selected_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Write y; return s."""
-    from vblora_triton.kernels.dropout import Dropout
-    from vblora_triton.kernels.expand import launch_expand_fwd
-    from vblora_triton.kernels.shrink import launch_shrink_fwd
+    from vblora_triton.kernels.compose import launch_compose_fwd, new_terms
+    from vblora_triton.kernels.tuning import FEW_ROWS
 
     if x.numel() == 0 or y.numel() == 0:
         _write_base(y, base)
         return _selected_fake(y, x, base, indices_A)
-    x_rows, base_rows, y_rows = _as_matrices(x, base, y)
-    bank, dropout = vector_bank.contiguous(), Dropout.of(dropout_p, seed)
+    bank, r, topk = vector_bank.contiguous(), indices_A.shape[0], indices_A.shape[-1]
     with on_device(x.device):
-        s = launch_shrink_fwd(x_rows, bank, indices_A, weights_A, None, indices_A.shape[0], dropout)
-        return (launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, None, y_rows),)
+        A = None
+        if x.numel() > FEW_ROWS * x.shape[-1]:
+            A = new_terms(r, x.shape[-1], bank.shape[1], x.dtype, x.device)
+            launch_compose_fwd(bank, indices_A.view(-1, topk), weights_A.view(-1, topk), A)
+        return (_products(y, x, base, A, (indices_A, weights_A, indices_B, weights_B), bank, r, dropout_p, seed),)
 
 
 def _selected_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> list:
