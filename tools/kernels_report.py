@@ -72,7 +72,7 @@ def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: 
 
 
 def bases(M: int, N: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
-    """What stands in the place of the base's result: it, or of a base whose product is added later nothing or a bias."""
+    """What stands in the place of the base's result: it or, where its product is added later, a bias or nothing."""
     meta = {"device": "meta"}
     return [torch.empty(M, N, dtype=dtype, **meta), torch.empty(N, dtype=dtype, **meta).expand(M, N), None]
 

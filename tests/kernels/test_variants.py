@@ -19,9 +19,6 @@ CASES = {
     "vblora-dropout": {"K": 4096, "N": 11008, "h": 2048, "r": 4, "p": 0.05},
     "vblora-fp16-r16": {"K": 4096, "N": 4096, "h": 256, "r": 16, "dtype": "fp16"},
     "vblora-fp32": {"K": 1024, "N": 3072, "h": 90, "r": 3, "b": 64, "dtype": "fp32"},
-    "vera": {"K": 4096, "N": 11008, "r": 256},
-    "vera-dropout-r1024": {"K": 4096, "N": 4096, "r": 1024, "p": 0.05},
-    "vera-fp32": {"K": 1024, "N": 3072, "r": 64, "dtype": "fp32"},
 }
 
 
@@ -41,12 +38,12 @@ def test_200_numbers_of_tokens_compile_at_most_6_variants_of_a_kernel(name):
 def count_variants(name: str) -> None:
     """Print as JSON how many variants Triton would compile for all of TOKENS, by its own look at the arguments.
 
-    For each launch of a step by itself: VeRA's products share one kernel, and are compiled each in its own way.
+    For each launch of a step by itself: with a base's result, a bias or neither, each is compiled in its own way.
     """
     import triton
 
     from tools.aot import compiling
-    from tools.kernels_report import DTYPES, launch_all, launch_all_vera
+    from tools.kernels_report import DTYPES, launch_all
     from vblora_triton.kernels.launch import intercepted
 
     case = dict(CASES[name])
@@ -64,5 +61,5 @@ def count_variants(name: str) -> None:
     with compiling("sm_90"), intercepted(look):
         for M in TOKENS:
             launched.clear()
-            (launch_all_vera if name.startswith("vera") else launch_all)(M=M, **case)
+            launch_all(M=M, **case)
     print(json.dumps({launch: len(found) for launch, found in variants.items()}))

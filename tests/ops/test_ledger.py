@@ -34,11 +34,14 @@ def test_training_takes_three_launches_forward_and_four_backward(dropout_p):
     assert names[len(forward) :] == BACKWARD
 
 
-def test_few_tokens_take_two_launches_forward():
-    for M, expected in ((1, FORWARD[1:]), (16, FORWARD[1:]), (17, FORWARD)):
+def test_from_a_selection_few_tokens_take_two_launches_and_many_mix_A_first():
+    for M, first in ((1, []), (16, []), (17, ["_compose_fwd_kernel"])):
         case = LinearCase(M=M)
-        tensors = list(case.tensors().values())[:-1]
-        assert launches(lambda t=tensors, k=case.k: ops.vblora_linear(*t, k, backend="triton")) == expected
+        x, base, logits_A, logits_B, bank, _ = case.tensors().values()
+        selection = ops.select(logits_A, logits_B, case.k, backend="triton")
+        tensors = (x, base, *selection, bank)
+        found = launches(lambda t=tensors: ops.vblora_linear_selected(*t, backend="triton"))
+        assert found == first + FORWARD[1:]
 
 
 def test_nothing_is_launched_for_no_tokens():
@@ -69,7 +72,7 @@ def test_backward_launches_only_what_is_needed(needed, expected):
 
 @torch.no_grad()
 def test_evaluation_selects_once_until_the_frozen_logits_change():
-    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(20, 32, device=DEVICE)
+    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(16, 32, device=DEVICE)
     logits = layer.vblora_logits_A["default"]
     select, products = FORWARD[:1], FORWARD[1:]
     assert launches(lambda: layer(x)) == select + products
