@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import tuning
 from .compose import mix
-from .dropout import Dropout, keep_mask
+from .dropout import Dropout, drop, keep_mask
 from .launch import launch
 from .partials import load_rank_tile
 from .select import select_tiles
@@ -82,7 +82,7 @@ def _shrink_fwd_kernel(
         x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
         if Seed_ptr is not None:
-            x = tl.where(keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K), x, 0.0)
+            x = drop(x, keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K))
         a = mix(
             Bank_ptr, Idx_ptr, W_ptr, offs_i, mask_i, start_k, K, VECTOR, TOPK, BLOCK_K, stride_i=tiles, stride_t=1
         )  # (COPIES * R_PAD, BLOCK_K); l2: bytes / COPIES
@@ -158,7 +158,7 @@ def _shrink_bwd_kernel(
             x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
             x = tl.load(x_ptrs, mask=mask_mk, other=0.0)  # (BLOCK_M, BLOCK_C)
             if Seed_ptr is not None:
-                x = tl.where(keep, x, 0.0)
+                x = drop(x, keep)
             ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)  # l2: bytes / COPIES
             ds = term(ds, (offs_n // R_PAD)[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
             acc_da = dot(tl.trans(x), ds, acc_da, INPUT_PRECISION)
@@ -169,7 +169,7 @@ def _shrink_bwd_kernel(
             ds = term(ds, left_term(offs_p // P_PAD)[None, :], SPLITS)  # (BLOCK_M, PAIRS * P_PAD)
             dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)
             if Seed_ptr is not None:
-                dx = tl.where(keep, dx * drop_scale, 0.0)
+                dx = drop((dx * drop_scale).to(DX_ptr.dtype.element_ty), keep)
             dx_ptrs = DX_ptr + offs_m[:, None] * K + offs_k[None, :]
             tl.store(dx_ptrs, dx.to(DX_ptr.dtype.element_ty), mask=mask_mk)
     if DA_ptr is not None:
