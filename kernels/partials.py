@@ -16,12 +16,25 @@ from .launch import launch
 def load_partials(V_ptr, offs, mask, partials, stride_p):
     """The elements at V_ptr + offs of all `partials` partials of V, added up in order; 0 outside `mask`.
 
-    V_ptr is one pointer, or a block of pointers with offs 0: what a kernel keeps in registers from partial to partial.
+    v = ((v[0] + v[1]) + v[2]) + ... V_ptr is one pointer, or a block of pointers with offs 0: what a kernel keeps in
+    registers from partial to partial.
     """
     v = tl.load(V_ptr + offs, mask=mask, other=0)
     for partial in range(1, partials):
         # In 64 bits: the partials of a large M together pass 2^31 elements.
         v += tl.load(V_ptr + tl.cast(partial, tl.int64) * stride_p + offs, mask=mask, other=0)
+    return v
+
+
+@triton.jit
+def load_partials_at_once(V_ptr, offs, mask, partials, stride_p, AHEAD: tl.constexpr):
+    """As `load_partials`, and of the same bits, but AHEAD + 1 loads are under way at once, which takes registers."""
+    v = tl.load(V_ptr + offs, mask=mask, other=0)
+    for start_p in range(1, partials, AHEAD):
+        for j in tl.static_range(AHEAD):
+            # Steps of the pointer, in 64 bits too.
+            V_ptr += stride_p
+            v += tl.load(V_ptr + offs, mask=mask & (start_p + j < partials), other=0)
     return v
 
 
@@ -33,11 +46,11 @@ def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_p)
     return load_partials(v_ptrs, 0, mask, partials, stride_p)
 
 
-@triton.jit
-def _sum_partials_kernel(V_ptr, Out_ptr, numel, partials, stride_p, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["numel", "partials", "stride_p"])
+def _sum_partials_kernel(V_ptr, Out_ptr, numel, partials, stride_p, AHEAD: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
-    tl.store(Out_ptr + offs, load_partials(V_ptr + offs, 0, mask, partials, stride_p), mask=mask)
+    tl.store(Out_ptr + offs, load_partials_at_once(V_ptr, offs, mask, partials, stride_p, AHEAD), mask=mask)
 
 
 def launch_sum_partials(partials: Tensor) -> Tensor:
@@ -45,7 +58,7 @@ def launch_sum_partials(partials: Tensor) -> Tensor:
     if partials.shape[0] == 1:
         return partials[0]
     total = torch.empty_like(partials[0])
-    config = tuning.sum_partials()
+    config = tuning.sum_partials(partials.shape[0])
     launch(
         _sum_partials_kernel,
         (triton.cdiv(total.numel(), config["BLOCK"]),),

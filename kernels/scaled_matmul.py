@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .dropout import Dropout, keep_mask
+from .dropout import Dropout, drop, keep_mask
 from .launch import launch
 from .partials import load_partials
 
@@ -54,7 +54,7 @@ def accumulate(
         x_offs = offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x = load_partials(X_ptr, x_offs, mask_m[:, None] & mask_k[None, :], partials, stride_xp)
         if Seed_ptr is not None:
-            x = tl.where(keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K), x, 0)
+            x = drop(x, keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K))
         w_ptrs = W_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0).to(tl.float32)  # (BLOCK_K, BLOCK_N)
         if KScale_ptr is not None:
@@ -149,8 +149,7 @@ def _scaled_matmul_kernel(
         # Here and not on x: kept elements go into the product unrounded.
         acc *= drop_scale
     if CSeed_ptr is not None:
-        keep = keep_mask(CSeed_ptr, offs_m, start_n, drop_threshold, BLOCK_N)
-        acc = tl.where(keep, acc * drop_scale, 0.0)
+        acc = drop(acc * drop_scale, keep_mask(CSeed_ptr, offs_m, start_n, drop_threshold, BLOCK_N))
     mask_mn = mask_m[:, None] & mask_n[None, :]
     if Base_ptr is not None:
         base_ptrs = Base_ptr + offs_m[:, None] * stride_bm + offs_n[None, :] * stride_bn

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import tuning
 from .compose import mix
-from .dropout import Dropout, keep_mask
+from .dropout import Dropout, drop, keep_mask
 from .launch import launch
 from .partials import load_rank_tile
 from .split import dot, dot_terms, right_terms, sum_copies, term
@@ -58,7 +58,7 @@ def _shrink_fwd_kernel(
         x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
         if Seed_ptr is not None:
-            x = tl.where(keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K), x, 0.0)
+            x = drop(x, keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_K))
         if A_ptr is not None:
             a_ptrs = A_ptr + ((copy * R + offs_i).to(tl.int64)[:, None] * K + offs_k[None, :])
             a = tl.load(a_ptrs, mask=mask_i[:, None] & (offs_k < K)[None, :], other=0.0)  # (COPIES * R_PAD, BLOCK_K)
@@ -137,12 +137,12 @@ def _shrink_bwd_kernel(
             x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
             x = tl.load(x_ptrs, mask=mask_mk, other=0.0)  # (BLOCK_M, BLOCK_C)
             if Seed_ptr is not None:
-                x = tl.where(keep, x, 0.0)
+                x = drop(x, keep)
             acc_da = dot(tl.trans(x), ds, acc_da, INPUT_PRECISION)
         if DX_ptr is not None:
             dx = dot_terms(ds, a_high, a_middle, a_low, SPLITS, INPUT_PRECISION)
             if Seed_ptr is not None:
-                dx = tl.where(keep, dx * drop_scale, 0.0)
+                dx = drop((dx * drop_scale).to(DX_ptr.dtype.element_ty), keep)
             dx_ptrs = DX_ptr + offs_m[:, None] * K + offs_k[None, :]
             tl.store(dx_ptrs, dx.to(DX_ptr.dtype.element_ty), mask=mask_mk)
     if DA_ptr is not None:

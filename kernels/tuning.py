@@ -140,8 +140,9 @@ def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     }
 
 
-def sum_partials() -> dict[str, int]:
-    return {"BLOCK": 1024, "num_warps": 4}
+def sum_partials(partials: int) -> dict[str, int]:
+    """All of up to 32 partials come from memory at once: the first, and AHEAD more."""
+    return {"AHEAD": min(power_of_2(partials), 32) - 1, "BLOCK": 128, "num_warps": 4}
 
 
 def compose(vector_length: int) -> dict[str, int]:

@@ -1,5 +1,7 @@
-"""Sums of partials: in order, and with offsets past 2^31."""
+"""Sums of partials: all of them, in order, and with offsets past 2^31."""
 
+import numpy as np
+import pytest
 import torch
 
 from tests.models import DEVICE
@@ -21,3 +23,18 @@ def test_partials_more_than_2_to_the_31_elements_apart_are_found():
     values = torch.arange(48.0, device=DEVICE).view(3, 4, 4)
     partials.copy_(values)
     assert torch.equal(launch_sum_partials(partials), values.sum(0))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 34, 63, 64, 65, 86, 264])
+def test_every_partial_is_part_of_the_sum_and_in_its_turn(count):
+    # As many as come from memory at once, one more and one less. Powers of 3 lose bits in fp32: the order shows.
+    partials = 3.0 ** torch.randint(-12, 12, (count, 37, 5), generator=torch.Generator().manual_seed(count))
+    expected = np.zeros((37, 5), dtype=np.float32)
+    for partial in partials.numpy():
+        expected += partial
+    assert torch.equal(launch_sum_partials(partials.to(DEVICE)).cpu(), torch.from_numpy(expected))
+    # Each one alone, the last among them.
+    for i in {0, 1, count - 2, count - 1}:
+        alone = torch.zeros(count, 3, 2, device=DEVICE)
+        alone[i] = 7.0
+        assert (launch_sum_partials(alone) == 7).all(), i
