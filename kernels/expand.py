@@ -38,6 +38,7 @@ def _expand_fwd_kernel(
     COPIES: tl.constexpr,
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -64,7 +65,7 @@ def _expand_fwd_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask_mn = mask_m[:, None] & mask_n[None, :]
-        s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp)  # l2: bytes / COPIES
+        s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp, AHEAD)  # l2: bytes / COPIES
         if STotal_ptr is not None:
             # From the first copy.
             total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
@@ -147,7 +148,7 @@ def _expand_bwd_kernel(
                 tl.store(ds_ptrs, ds, mask=mask_mr)
             if DB_ptr is not None:
                 s = load_rank_tile(
-                    S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0
+                    S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0, AHEAD=1
                 )  # l2: bytes / COPIES
                 s = term(s, copy[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
                 acc_db = dot(tl.trans(dy), s, acc_db, INPUT_PRECISION)

@@ -39,11 +39,10 @@ def load_partials_at_once(V_ptr, offs, mask, partials, stride_p, AHEAD: tl.const
 
 
 @triton.jit
-def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_p):
+def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_p, AHEAD: tl.constexpr):
     """Rows offs_m and columns offs_i of an (M, R) matrix, added up over its partials: (len(offs_m), len(offs_i))."""
-    v_ptrs = V_ptr + offs_m[:, None] * R + offs_i[None, :]
     mask = mask_m[:, None] & mask_i[None, :]
-    return load_partials(v_ptrs, 0, mask, partials, stride_p)
+    return load_partials_at_once(V_ptr, offs_m[:, None] * R + offs_i[None, :], mask, partials, stride_p, AHEAD)
 
 
 @triton.jit(do_not_specialize=["numel", "partials", "stride_p"])

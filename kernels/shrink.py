@@ -131,7 +131,9 @@ def _shrink_bwd_kernel(
         mask_mk = mask_m[:, None] & mask_k[None, :]
         if Seed_ptr is not None:
             keep = keep_mask(Seed_ptr, offs_m, start_k, drop_threshold, BLOCK_C)
-        ds = load_rank_tile(DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0)  # l2: bytes / COPIES
+        ds = load_rank_tile(
+            DS_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0, AHEAD=1
+        )  # l2: bytes / COPIES
         ds = term(ds, copy[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
         if DA_ptr is not None:
             x_ptrs = X_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk

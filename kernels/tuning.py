@@ -96,9 +96,13 @@ def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     One partial from 4096 rows on: whoever reads s adds up its partials again for every block of columns of y.
     """
     rows, options, block_k = tile(M, dtype, r)
-    if dtype != torch.float32 and r <= 16 and M > FEW_ROWS:
+    few = M <= FEW_ROWS
+    if few:
+        # One block of columns for each program, which then waits for memory once.
+        block_k, options["num_stages"] = 2 * block_k, 1
+    elif dtype != torch.float32 and r <= 16:
         rows, options, block_k = 32, {"num_warps": 4, "num_stages": 4}, 128
-    partials = max(1, min(PROGRAMS // 2 // cdiv(M, rows), cdiv(K, 512)))
+    partials = max(1, min(PROGRAMS // 2 // cdiv(M, rows), cdiv(K, block_k if few else 512)))
     return {"BLOCK_M": rows, "BLOCK_K": block_k, **_shares(K, block_k, partials), **options}
 
 
@@ -106,8 +110,9 @@ def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """A program takes a block of columns of y and blocks_each blocks of rows."""
     rows, options, columns = tile(M, dtype, r)
     chunks = max(1, min(2 * PROGRAMS // cdiv(N, columns), cdiv(M, rows)))
-    # Nothing large is read, and so nothing read ahead.
-    return {"BLOCK_M": rows, "BLOCK_N": columns, **_shares(M, rows, chunks), **options, "num_stages": 1}
+    # Nothing large is read, and so nothing read ahead; of few rows the partials are what is waited for.
+    ahead = 8 if M <= FEW_ROWS and r <= 4 else 1
+    return {"AHEAD": ahead, "BLOCK_M": rows, "BLOCK_N": columns, **_shares(M, rows, chunks), **options, "num_stages": 1}
 
 
 def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
