@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import launch
-from .partials import load_partials
+from .partials import load_partials_at_once
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def _logits_grad_row(
     stride_dp,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -40,7 +41,7 @@ def _logits_grad_row(
     for start_c in range(0, VECTOR, BLOCK_ROW):
         offs_c = start_c + tl.arange(0, BLOCK_ROW)
         mask_c = offs_c < VECTOR
-        d = load_partials(D_ptr + (start_d + offs_c), 0, mask_c, partials, stride_dp)
+        d = load_partials_at_once(D_ptr, start_d + offs_c, mask_c, partials, stride_dp, AHEAD)
         v_ptrs = Bank_ptr + index[:, None] * VECTOR + offs_c[None, :]
         v = tl.load(v_ptrs, mask=mask_k[:, None] & mask_c[None, :], other=0.0).to(tl.float32)  # (K_PAD, BLOCK_ROW)
         g += tl.sum(v * d[None, :], axis=1)
@@ -53,49 +54,86 @@ def _logits_grad_row(
 
 
 @triton.jit
-def _add_rows(
-    acc,
-    D_ptr,
-    Idx_ptr,
-    W_ptr,
-    offs_v,
-    offs_c,
-    mask_c,
-    rows,
-    R,
-    C,
-    partials,
-    stride_dp,
-    RANK_FIRST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TOPK: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """acc[v] += sum over the rows e of logits, in order, of weight(e -> v) d[e]: a product with a selection matrix.
-
-    d[e], (VECTOR), is a tile of dA or dB, (partials, R, C). With RANK_FIRST rows are numbered as those of logits_A,
-    (R, C / VECTOR), else as those of logits_B, (C / VECTOR, R).
-    """
-    for start_e in range(0, rows, BLOCK_E):
-        offs_e = start_e + tl.arange(0, BLOCK_E)
-        mask_e = offs_e < rows
-        chosen = tl.zeros((offs_v.shape[0], BLOCK_E), dtype=tl.float32)
-        for j in range(TOPK):
-            index = tl.load(Idx_ptr + offs_e * TOPK + j, mask=mask_e, other=0)
-            weight = tl.load(W_ptr + offs_e * TOPK + j, mask=mask_e, other=0.0)
-            chosen += tl.where(offs_v[:, None] == index[None, :], weight[None, :], 0.0)
-        if RANK_FIRST:
-            tiles = C // VECTOR
-            start_d = (offs_e // tiles).to(tl.int64) * C + offs_e % tiles * VECTOR
-        else:
-            start_d = (offs_e % R).to(tl.int64) * C + offs_e // R * VECTOR
-        mask = mask_e[:, None] & mask_c[None, :]
-        d = load_partials(D_ptr + (start_d[:, None] + offs_c[None, :]), 0, mask, partials, stride_dp)
-        acc = tl.dot(chosen, d, acc, input_precision="ieee")
-    return acc
+def _sum_tiles(D_ptr, start_d, offs_c, mask_d, mask_c, partials, stride_dp, PARTIALS: tl.constexpr):
+    """d[start_d, offs_c], added up over its partials, PARTIALS of them at once: (len(start_d), len(offs_c))."""
+    offs = start_d[:, None] + offs_c[None, :]
+    mask = mask_d[:, None] & mask_c[None, :]
+    d = tl.zeros((start_d.shape[0], offs_c.shape[0]), dtype=tl.float32)
+    for start_p in range(0, partials, PARTIALS):
+        partial = start_p + tl.arange(0, PARTIALS)
+        d_ptrs = D_ptr + (partial.to(tl.int64) * stride_dp)[:, None, None] + offs[None, :, :]
+        d += tl.sum(tl.load(d_ptrs, mask=(partial < partials)[:, None, None] & mask[None, :, :], other=0.0), axis=0)
+    return d
 
 
 @triton.jit
+def _bank_grad_tile(
+    DA_ptr,
+    DB_ptr,
+    IdxA_ptr,
+    WA_ptr,
+    IdxB_ptr,
+    WB_ptr,
+    start_v,
+    offs_c,
+    H,
+    K,
+    N,
+    R,
+    entries_A,
+    entries_B,
+    partials_A,
+    partials_B,
+    stride_Ap,
+    stride_Bp,
+    VECTOR: tl.constexpr,
+    TOPK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    MATCHES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The columns offs_c of dbank's vectors from start_v on: (BLOCK_V, len(offs_c)).
+
+    Entry e of a selection, (rows, TOPK), is a row and a vector that it picked. Those of logits_A come first, then those
+    of logits_B. Of BLOCK_E entries at a time the ones that picked a vector of this tile are numbered, and their
+    weight d[row] added up, MATCHES at a time. The order is that of the entries, and the compiler's for those of one time
+    and for partials: the same at every run.
+    """
+    offs_v = start_v + tl.arange(0, BLOCK_V)
+    offs_j = tl.arange(0, MATCHES)
+    mask_c = offs_c < VECTOR
+    tiles_A = K // VECTOR
+    entries = entries_A + entries_B
+    acc = tl.zeros((BLOCK_V, offs_c.shape[0]), dtype=tl.float32)
+    for start_e in range(0, entries, BLOCK_E):
+        offs_e = start_e + tl.arange(0, BLOCK_E)
+        is_B = (offs_e >= entries_A) & (offs_e < entries)
+        # Where there is no entry, a vector of no tile.
+        index_A = tl.load(IdxA_ptr + offs_e, mask=offs_e < entries_A, other=-BLOCK_V)
+        index_B = tl.load(IdxB_ptr + (offs_e - entries_A), mask=is_B, other=-BLOCK_V)
+        match = (tl.maximum(index_A, index_B) // BLOCK_V == start_v // BLOCK_V).to(tl.int32)
+        number = match * tl.cumsum(match, axis=0)
+        found = tl.max(number, axis=0)
+        for first in range(1, found + 1, MATCHES):  # trips: cdiv(min(BLOCK_E, entries) * BLOCK_V, H * MATCHES)
+            chosen = number[None, :] == (first + offs_j)[:, None]  # (MATCHES, BLOCK_E)
+            entry = tl.max(tl.where(chosen, offs_e[None, :], -1), axis=1)
+            mask_A = (entry >= 0) & (entry < entries_A)
+            mask_B = entry >= entries_A
+            entry_B = entry - entries_A
+            vector = tl.load(IdxA_ptr + entry, mask=mask_A, other=0) + tl.load(IdxB_ptr + entry_B, mask=mask_B, other=0)
+            weight = tl.load(WA_ptr + entry, mask=mask_A, other=0.0) + tl.load(WB_ptr + entry_B, mask=mask_B, other=0.0)
+            row_A, row_B = entry // TOPK, entry_B // TOPK
+            start_A = (row_A // tiles_A).to(tl.int64) * K + row_A % tiles_A * VECTOR
+            start_B = (row_B % R).to(tl.int64) * N + row_B // R * VECTOR
+            d = _sum_tiles(DA_ptr, start_A, offs_c, mask_A, mask_c, partials_A, stride_Ap, PARTIALS)
+            d += _sum_tiles(DB_ptr, start_B, offs_c, mask_B, mask_c, partials_B, stride_Bp, PARTIALS)
+            picks = tl.where(offs_v[:, None] == vector[None, :], weight[None, :], 0.0)  # (BLOCK_V, MATCHES)
+            acc += tl.sum(picks[:, :, None] * d[None, :, :], axis=1)
+    return acc
+
+
+@triton.jit(do_not_specialize=["H", "R", "rows_A", "rows_B", "partials_A", "partials_B"])
 def _parameter_grads_kernel(
     DA_ptr,
     DB_ptr,
@@ -121,6 +159,8 @@ def _parameter_grads_kernel(
     TOPK: tl.constexpr,
     NEED_A: tl.constexpr,
     NEED_B: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    MATCHES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -159,6 +199,7 @@ def _parameter_grads_kernel(
             stride_dp=stride_Ap,
             VECTOR=VECTOR,
             TOPK=TOPK,
+            AHEAD=PARTIALS - 1,
             BLOCK_ROW=BLOCK_ROW,
             BLOCK_H=BLOCK_H,
         )
@@ -177,53 +218,44 @@ def _parameter_grads_kernel(
             stride_dp=stride_Bp,
             VECTOR=VECTOR,
             TOPK=TOPK,
+            AHEAD=PARTIALS - 1,
             BLOCK_ROW=BLOCK_ROW,
             BLOCK_H=BLOCK_H,
         )
     else:
         tile = pid - programs_A - programs_B
         blocks_c = tl.cdiv(VECTOR, BLOCK_C)
-        offs_v = tile // blocks_c * BLOCK_V + tl.arange(0, BLOCK_V)
+        start_v = tile // blocks_c * BLOCK_V
+        offs_v = start_v + tl.arange(0, BLOCK_V)
         offs_c = tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < VECTOR
-        acc = _add_rows(
-            tl.zeros((BLOCK_V, BLOCK_C), dtype=tl.float32),
+        acc = _bank_grad_tile(
             DA_ptr,
+            DB_ptr,
             IdxA_ptr,
             WA_ptr,
-            offs_v=offs_v,
-            offs_c=offs_c,
-            mask_c=mask_c,
-            rows=rows_A,
-            R=R,
-            C=K,
-            partials=partials_A,
-            stride_dp=stride_Ap,
-            RANK_FIRST=True,
-            VECTOR=VECTOR,
-            TOPK=TOPK,
-            BLOCK_E=BLOCK_E,
-        )
-        acc = _add_rows(
-            acc,
-            DB_ptr,
             IdxB_ptr,
             WB_ptr,
-            offs_v=offs_v,
+            start_v=start_v,
             offs_c=offs_c,
-            mask_c=mask_c,
-            rows=rows_B,
+            H=H,
+            K=K,
+            N=N,
             R=R,
-            C=N,
-            partials=partials_B,
-            stride_dp=stride_Bp,
-            RANK_FIRST=False,
+            entries_A=rows_A * TOPK,
+            entries_B=rows_B * TOPK,
+            partials_A=partials_A,
+            partials_B=partials_B,
+            stride_Ap=stride_Ap,
+            stride_Bp=stride_Bp,
             VECTOR=VECTOR,
             TOPK=TOPK,
+            PARTIALS=PARTIALS,
+            MATCHES=MATCHES,
+            BLOCK_V=BLOCK_V,
             BLOCK_E=BLOCK_E,
         )
         dbank_ptrs = DBank_ptr + offs_v[:, None] * VECTOR + offs_c[None, :]
-        mask_vc = (offs_v < H)[:, None] & mask_c[None, :]
+        mask_vc = (offs_v < H)[:, None] & (offs_c < VECTOR)[None, :]
         tl.store(dbank_ptrs, acc.to(DBank_ptr.dtype.element_ty), mask=mask_vc)
 
 

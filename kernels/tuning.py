@@ -134,14 +134,20 @@ def blocks_each(blocks: int, r: int) -> int:
 
 
 def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
+    """For a bank (H, vector_length); BLOCK_V vectors share a program, more of a large bank, of which few are picked.
+
+    Of the forecast's best, those that compile without spills for sm_80, sm_90, sm_100 and gfx942.
+    """
     k_pad = power_of_2(topk)
     return {
-        "BLOCK_V": 32,
-        "BLOCK_E": 16,
-        "BLOCK_C": max(16, min(power_of_2(vector_length), 64)),
+        "PARTIALS": 4,
+        "MATCHES": 8,
+        "BLOCK_V": 8 if H <= 512 else 32,
+        "BLOCK_E": 512,
+        "BLOCK_C": max(16, min(power_of_2(vector_length), 32)),
         "BLOCK_ROW": max(16, min(power_of_2(vector_length), 512 // k_pad)),
         "BLOCK_H": max(16, min(power_of_2(H), 512 // k_pad)),
-        "num_warps": 4,
+        "num_warps": 8,
     }
 
 
@@ -232,4 +238,4 @@ def pack_rows(r: int) -> dict[str, int]:
 
 
 def sum_scale_grads() -> dict[str, int]:
-    return {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4}
+    return {"BLOCK_P": 32, "BLOCK_C": e("BC", 32), "num_warps": 4}
