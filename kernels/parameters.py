@@ -97,7 +97,7 @@ def _bank_grad_tile(
 
     Entry e of a selection, (rows, TOPK), is a row and a vector that it picked. Those of logits_A come first, then those
     of logits_B. Of BLOCK_E entries at a time the ones that picked a vector of this tile are numbered, and their
-    weight d[row] added up, MATCHES at a time. The order is that of the entries, and the compiler's for those of one time
+    weight d[row] added up, MATCHES at a time. The order is that of the entries, and the compiler's within one time
     and for partials: the same at every run.
     """
     offs_v = start_v + tl.arange(0, BLOCK_V)

@@ -238,4 +238,4 @@ def pack_rows(r: int) -> dict[str, int]:
 
 
 def sum_scale_grads() -> dict[str, int]:
-    return {"BLOCK_P": 32, "BLOCK_C": e("BC", 32), "num_warps": 4}
+    return {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4}
