@@ -44,7 +44,17 @@ def cases(*dicts: dict, dtypes=DTYPES, **more):
 ALL_OF_300 = {"M": 3, "K": 8, "N": 8, "r": 1, "h": 300, "b": 8, "k": 300}
 
 
-@pytest.mark.parametrize("case", cases(*CASES) + cases(ALL_OF_300, dtypes=DTYPES[:1]))
+# So few rows of so many columns that several programs share the sums over them, in x and in dy; r beyond 1.
+SHARED_SUMS = [
+    {"M": 20, "K": 1632, "N": 96, "r": 3, "h": 5, "b": 48, "k": 2},
+    {"M": 20, "K": 96, "N": 1632, "r": 7, "h": 5, "b": 48, "k": 2, "base": False},
+    {"M": 3, "K": 1632, "N": 96, "r": 3, "h": 5, "b": 48, "k": 2},
+]
+
+
+@pytest.mark.parametrize(
+    "case", cases(*CASES) + cases(*SHARED_SUMS, dtypes=DTYPES[:2]) + cases(ALL_OF_300, dtypes=DTYPES[:1])
+)
 def test_triton_linear_and_each_gradient_are_as_exact_as_eager(case):
     tensors = case.tensors()
     truth = case.run(reference.vblora_linear, in_float64(tensors))
