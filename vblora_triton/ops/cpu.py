@@ -1,7 +1,7 @@
 """Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
 
 VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps the projected input p
-alone, and multiplies by B again. `reference` says what is computed, and takes over where these cannot go (`why_not`).
+alone, and multiplies dy by it. `reference` says what is computed, and takes over where these cannot go (`why_not`).
 
 Large products go through oneDNN where torch.mm calls MKL on a processor that is not Intel's: there MKL takes 1.5 to 2.5
 times longer, and for products in full float32 torch itself does not take oneDNN. Both follow
@@ -283,16 +283,16 @@ class _VeraLinear(torch.autograd.Function):
         A, B = A[:, : ctx.x_shape[-1]].to(p.dtype), B[: lambda_b.shape[0]].to(p.dtype)
         dy_rows = dy.reshape(-1, dy.shape[-1]).to(p.dtype)
         dx = d_lambda_b = d_lambda_d = None
-        if need_b:
-            d_lambda_b = (product(p * lambda_d, B) * dy_rows).sum(0).to(lambda_b.dtype)
-        if need_x or need_d:
+        if need_b or need_d:
+            # (out, r): of both scales' gradients, without anything of the size of dy.
+            common = product(dy_rows.T, p.T).mul_(B)
+            d_lambda_b = (common @ lambda_d.to(p.dtype)).to(lambda_b.dtype) if need_b else None
+            d_lambda_d = (lambda_b.to(p.dtype) @ common).to(lambda_d.dtype) if need_d else None
+        if need_x:
             du = product(dy_rows, (lambda_b.to(p.dtype)[:, None] * B).T)
-            if need_d:
-                d_lambda_d = (du * p).sum(0).to(lambda_d.dtype)
-            if need_x:
-                dx = product(du.mul_(lambda_d), A.T)
-                dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
-                dx = _shaped(dx, ctx.x_shape, ctx.x_dtype)
+            dx = product(du.mul_(lambda_d), A.T)
+            dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
+            dx = _shaped(dx, ctx.x_shape, ctx.x_dtype)
         return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None
 
 
