@@ -11,11 +11,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 Interval = tuple[int, int]
-# Of integers that come from memory (indices of bank vectors, rows of logits), and of what is not followed.
+# Of integers that come from memory or are the largest of some (indices of bank vectors, rows of logits), whatever bits
+# they are put together from; and of what is not followed.
 UNKNOWN = (0, 2**20)
-NAME = re.compile(r"%[\w.]+")
+DATA = ("tt.load", "tt.reduce")
+# `%a#1` is the second of the values of `%a:2`.
+NAME = re.compile(r"%[\w.]+(?:#\d+)?")
 # `%a, %b = op operands : types`, also with the number of results: `%a:2 = ...`
-ASSIGNMENT = re.compile(r'(%[\w.]+)(?::\d+)? = "?([a-z_]+\.[\w.]+)"?(.*)')
+ASSIGNMENT = re.compile(r'(%[\w.]+)(?::(\d+))? = "?([a-z_]+\.[\w.]+)"?(.*)')
 LOOP = re.compile(r"(%[\w.]+) = (%[\w.]+) to (%[\w.]+) step (%[\w.]+)")
 CARRIED = re.compile(r"iter_args\((.*?)\) ->")
 WIDTH = re.compile(r"i(\d+)>?\s*$")
@@ -52,13 +55,19 @@ def parse(ttir: str) -> Op:
             continue
         code = _with_own_names(code, number, scopes)
         match = ASSIGNMENT.match(code)
-        name, results = (match[2], [match[1]]) if match else (code.split(" ")[0].split("(")[0], [])
-        operands = [operand.split("#")[0] for operand in NAME.findall(match[3] if match else code)]
-        op = Op(name, results, operands, match[3] if match else code)
+        text = match[4] if match else code
+        name = match[3] if match else code.split(" ")[0].split("(")[0]
+        op = Op(name, _results(match), NAME.findall(text), text)
         regions[-1].body.append(op)
         if code.endswith(("{", "({")):
             regions.append(op)
     return root
+
+
+def _results(assignment: re.Match[str] | None) -> list[str]:
+    if assignment is None:
+        return []
+    return [f"{assignment[1]}#{i}" for i in range(int(assignment[2]))] if assignment[2] else [assignment[1]]
 
 
 def _with_own_names(code: str, number: int, scopes: list[dict[str, str]]) -> str:
@@ -76,7 +85,12 @@ def _with_own_names(code: str, number: int, scopes: list[dict[str, str]]) -> str
         scopes[-1].update(opened)
     elif code.endswith(("{", "({")):
         scopes.append(opened)
-    return NAME.sub(lambda found: known.get(found[0], found[0]), code)
+
+    def own(found: re.Match[str]) -> str:
+        name, _, number = found[0].partition("#")
+        return known.get(name, name) + (f"#{number}" if number else "")
+
+    return NAME.sub(own, code)
 
 
 def every(op: Op) -> list[Op]:
@@ -101,10 +115,10 @@ def sources(root: Op) -> dict[str, set[str]]:
         if op.name == "scf.for":
             step, *bounds = LOOP.search(op.text).groups()  # type: ignore[union-attr]
             found[step] |= set(bounds)
-            for (inside, before), after in zip(_carried(op.text), yielded, strict=True):
+            carried = _carried(op.text)
+            for (inside, before), after, result in zip(carried, yielded, op.results, strict=True):
                 found[inside] |= {before, after}
-                for result in op.results:
-                    found[result] |= {before, after}
+                found[result] |= {before, after}
         elif op.name != "tt.load":
             for result in op.results:
                 found[result] |= {*op.operands, *yielded}
@@ -132,55 +146,73 @@ def overflows(ttir: str, grid: tuple[int, ...], arguments: dict[str, int]) -> li
     root = parse(ttir)
     offsets = {op.operands[1] for op in every(root) if op.name == "tt.addptr"}
     bounds = {op.operands[i] for op in every(root) if op.name == "scf.for" for i in range(len(op.operands)) if i < 4}
-    in_addresses = closure(offsets | bounds, sources(root))
-    found: list[str] = []
+    made_from = sources(root)
     values: dict[str, Interval] = {f"%{name}": (value, value) for name, value in arguments.items()}
-    _run(root.body, values, [(0, count - 1) for count in (*grid, 1, 1)], in_addresses, found)
-    return sorted(set(found))
+    ids = [(0, count - 1) for count in (*grid, 1, 1)]
+    follower = _Follower(ids, closure(offsets | bounds, made_from), _data(root, made_from))
+    follower.run(root.body, values)
+    return sorted(set(follower.found))
 
 
-def _run(
-    body: list[Op], values: dict[str, Interval], ids: list[Interval], watched: set[str], found: list[str]
-) -> list[Interval]:
-    """Follow the operations, in order; return the intervals of what the body yields."""
-    yielded: list[Interval] = []
-    for op in body:
-        if op.name == "scf.yield":
-            yielded = [values.get(name, UNKNOWN) for name in op.operands]
-        elif op.name == "scf.for":
-            result = _run_loop(op, values, ids, watched, found)
-            for name in op.results:
-                values[name] = result
-        elif op.body:
-            inner = _run(op.body, values, ids, watched, found)
-            for name in op.results:
-                values[name] = _union(inner) if inner else UNKNOWN
-        elif op.results:
-            (name,) = op.results
-            values[name] = interval = _evaluate(op, values, ids)
-            width = WIDTH.search(op.text)
-            if width and width[1] == "32" and name in watched and not -(2**31) <= interval[0] <= interval[1] < 2**31:
-                found.append(f"{name} = {op.name}{op.text} in {interval}")
-                values[name] = UNKNOWN
-    return yielded
+def _data(root: Op, made_from: dict[str, set[str]]) -> set[str]:
+    """What comes from memory, or is the largest of some, and what is made of it by other than sums and products."""
+    data = {name for op in every(root) if op.name in DATA for name in op.results}
+    others = [name for op in every(root) if op.name not in ("arith.addi", "arith.muli") for name in op.results]
+    while more := {name for name in others if name not in data and made_from[name] & data}:
+        data |= more
+    return data
 
 
-def _run_loop(
-    loop: Op, values: dict[str, Interval], ids: list[Interval], watched: set[str], found: list[str]
-) -> Interval:
-    """Follow a loop whose carried integers change by as much in each step; return what holds of all its results."""
-    counter, start, end, step = LOOP.search(loop.text).groups()  # type: ignore[union-attr]
-    lowest, highest = values.get(start, UNKNOWN)[0], values.get(end, UNKNOWN)[1]
-    trips = max(0, -(-(highest - lowest) // max(1, values.get(step, (1, 1))[0])))
-    values[counter] = (lowest, max(lowest, highest - 1))
-    before = {inside: values.get(given, UNKNOWN) for inside, given in _carried(loop.text)}
-    values.update(before)
-    once = _run(loop.body, dict(values), ids, watched, [])
-    for (inside, first), after in zip(before.items(), once, strict=True):
-        ends = [(first[i], after[i], first[i] + (after[i] - first[i]) * trips) for i in (0, 1)]
-        values[inside] = (min(ends[0]), max(ends[1]))
-    _run(loop.body, values, ids, watched, found)
-    return _union([values[inside] for inside in before]) if before else UNKNOWN
+@dataclass
+class _Follower:
+    """ids: of the programs, along each axis. watched: what may not leave 32 bits; data: what is not followed."""
+
+    ids: list[Interval]
+    watched: set[str]
+    data: set[str]
+    found: list[str] = field(default_factory=list)
+
+    def run(self, body: list[Op], values: dict[str, Interval]) -> list[Interval]:
+        """Follow the operations, in order; return the intervals of what the body yields."""
+        yielded: list[Interval] = []
+        for op in body:
+            if op.name == "scf.yield":
+                yielded = [values.get(name, UNKNOWN) for name in op.operands]
+                continue
+            if op.name == "scf.for":
+                results = self._run_loop(op, values)
+            elif op.body:
+                inner = self.run(op.body, values)
+                results = [_union(inner) if inner else UNKNOWN] * len(op.results)
+            else:
+                results = [self._checked(op, name, _evaluate(op, values, self.ids)) for name in op.results]
+            for name, interval in zip(op.results, results, strict=True):
+                values[name] = UNKNOWN if name in self.data else interval
+        return yielded
+
+    def _checked(self, op: Op, name: str, interval: Interval) -> Interval:
+        width = WIDTH.search(op.text)
+        fits = -(2**31) <= interval[0] <= interval[1] < 2**31
+        if not width or width[1] != "32" or name not in self.watched - self.data or fits:
+            return interval
+        self.found.append(f"{name} = {op.name}{op.text} in {interval}")
+        return UNKNOWN
+
+    def _run_loop(self, loop: Op, values: dict[str, Interval]) -> list[Interval]:
+        """Follow a loop whose carried integers change by as much in each step; return what holds of each result."""
+        counter, start, end, step = LOOP.search(loop.text).groups()  # type: ignore[union-attr]
+        lowest, highest = values.get(start, UNKNOWN)[0], values.get(end, UNKNOWN)[1]
+        trips = max(0, -(-(highest - lowest) // max(1, values.get(step, (1, 1))[0])))
+        values[counter] = (lowest, max(lowest, highest - 1))
+        before = {inside: values.get(given, UNKNOWN) for inside, given in _carried(loop.text)}
+        values.update(before)
+        # What the first step finds counts once, in the whole.
+        once = _Follower(self.ids, set(), self.data).run(loop.body, dict(values))
+        for (inside, first), after in zip(before.items(), once, strict=True):
+            ends = [(first[i], after[i], first[i] + (after[i] - first[i]) * trips) for i in (0, 1)]
+            values[inside] = UNKNOWN if inside in self.data else (min(ends[0]), max(ends[1]))
+        self.run(loop.body, values)
+        return [values[inside] for inside in before]
 
 
 def _union(intervals: list[Interval]) -> Interval:
