@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.models import adapted_linear
 from tests.ops.linear_case import LinearCase, in_float64
 from tests.ops.vera_case import VeraCase
 from tests.tolerance import assert_as_exact_as_eager
@@ -125,6 +126,89 @@ def test_vera_is_right_to_the_last_row_of_more_than_2_to_the_31_elements():
     (dx,) = torch.autograd.grad(truth, part, base[last].double())
     for value, expected, what in ((y[last], truth, "y"), (x.grad[last], dx, "x")):
         assert_as_exact_as_eager(value, expected.to(value.dtype), expected, torch.bfloat16, what)
+
+
+def assert_right_in_the_last_rows(x, dy, parameters, topk):
+    """y and dx of the last 70 rows, of as many as there are, against the reference in float64."""
+    y = ops.vblora_linear(x, None, *parameters, topk, backend="triton")
+    y.backward(dy)
+    last = slice(len(x) - 70, len(x))
+    part = x.detach()[last].double().requires_grad_()
+    truth = reference.vblora_linear(part, None, *(p.detach().double() for p in parameters), topk)
+    (dx,) = torch.autograd.grad(truth, part, dy[last].double())
+    for value, expected, what in ((y[last], truth, "y"), (x.grad[last], dx, "x")):
+        assert_as_exact_as_eager(value, expected.to(value.dtype), expected, torch.bfloat16, what)
+
+
+def test_an_input_stored_by_columns_of_more_than_2_to_the_31_elements_is_right():
+    M, K, N = 2**20 + 300, 2048 + 256, 256
+    case = LinearCase(M=4, K=K, N=N, h=64, b=256, dtype=torch.bfloat16)
+    parameters = [case.tensors()[name] for name in ("logits_A", "logits_B", "vector_bank")]
+    x = torch.randn(K, M, device="cuda", dtype=torch.bfloat16).T.requires_grad_()
+    assert x.numel() > 2**31
+    assert x.stride() == (1, M)
+    assert_right_in_the_last_rows(x, torch.randn(M, N, device="cuda", dtype=torch.bfloat16), parameters, case.k)
+
+
+def test_a_projected_input_of_more_than_2_to_the_31_elements_is_right_to_its_last_row():
+    M, r = 2**25 + 300, 64
+    case = LinearCase(M=4, K=64, N=64, r=r, h=64, b=64, dtype=torch.bfloat16)
+    parameters = [case.tensors()[name] for name in ("logits_A", "logits_B", "vector_bank")]
+    assert M * r > 2**31
+    x = torch.randn(M, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    assert_right_in_the_last_rows(x, torch.randn(M, 64, device="cuda", dtype=torch.bfloat16), parameters, case.k)
+
+
+def changed_logits(layer):
+    logits = layer.vblora_logits_A["default"]
+    logits.copy_(logits.flip(-1))
+
+
+def without_memory(layer, x):
+    """What a frozen layer gives, by an op that remembers nothing."""
+    logits = layer.vblora_logits_A["default"], layer.vblora_logits_B["default"]
+    bank, topk = layer.vblora_vector_bank["default"], layer.topk["default"]
+    return ops.vblora_linear(x, layer.base_layer(x), *logits, bank, topk, backend="triton")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("M", [1, 16, 20])
+def test_a_frozen_layer_that_was_called_before_may_be_captured_and_selects_in_each_replay(M):
+    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(M, 32, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    for _ in range(2):
+        graph.replay()
+        torch.testing.assert_close(y, without_memory(layer, x), rtol=1e-4, atol=1e-5)
+        changed_logits(layer)
+
+
+@torch.no_grad()
+def test_another_stream_does_not_read_a_selection_whose_kernel_has_not_run():
+    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(20, 32, device="cuda")
+    # Everything is compiled, and there is memory to write a selection to.
+    expected = [layer(x)]
+    changed_logits(layer)
+    expected.append(without_memory(layer, x))
+    torch.cuda.synchronize()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        # A tenth of a second or so.
+        torch.cuda._sleep(2 * 10**8)
+        layer(x)
+    with torch.cuda.stream(second):
+        y = layer(x)
+    second.synchronize()
+    torch.testing.assert_close(y, expected[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*expected)
+    torch.cuda.synchronize()
 
 
 def test_forward_and_backward_never_wait_for_the_gpu():

@@ -321,3 +321,28 @@ def test_a_second_vera_adapter_of_rank_one_is_spread_over_the_first_ones_ranks_a
         own = results(model)
     for name in expected:
         torch.testing.assert_close(own[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+class Halved(nn.Module):
+    """What somebody may put in the place of a layer's dropout."""
+
+    def forward(self, x):
+        return x * 0.5
+
+
+@BOTH
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+@pytest.mark.parametrize("dropout", [Halved, lambda: nn.AlphaDropout(0.5)], ids=["halved", "alpha"])
+def test_what_stands_in_the_place_of_dropout_acts_on_the_updates_input_as_in_peft(method, backend, dropout):
+    layer = one_layer(method).train()
+    getattr(layer, f"{method}_dropout")["default"] = dropout().train()
+    plain = copy.deepcopy(layer)
+    getattr(plain, f"{method}_dropout")["default"] = nn.Identity()
+    torch.manual_seed(0)
+    expected = layer_results(layer, inputs())
+    with patch_peft(layer, backend=backend):
+        torch.manual_seed(0)
+        own = layer_results(layer, inputs())
+    for name in expected:
+        torch.testing.assert_close(own[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected["y"], layer_results(plain, inputs())["y"])

@@ -7,8 +7,10 @@ from tests.models import DEVICE
 from tests.ops.linear_case import LinearCase
 from tests.ops.vera_case import VeraCase
 from tests.tolerance import relative_error
-from vblora_triton import ops
+from vblora_triton import VeraConfig, ops
 from vblora_triton.vblora.layer import Linear
+from vblora_triton.vera.layer import Linear as VeraLinear
+from vblora_triton.vera.projection import ProjectionDict, draw_projections
 
 BACKENDS = ["triton", "reference"]
 
@@ -58,6 +60,34 @@ def test_compiles_as_one_graph(backend, training, grad):
         else:
             with torch.no_grad():
                 torch.testing.assert_close(model(x), compiled(x), rtol=1e-4, atol=1e-5)
+
+
+def vera_block(backend: str) -> Block:
+    """The same with VeRA."""
+    torch.manual_seed(0)
+    A, B = ProjectionDict(), ProjectionDict()
+    A["default"], B["default"] = draw_projections(0, 5, 48, 48)
+    layers = []
+    for in_features, out_features in ((32, 48), (48, 32)):
+        base = torch.nn.Linear(in_features, out_features, bias=False).requires_grad_(False)
+        layers.append(VeraLinear(base, A, B, "default", VeraConfig(r=5)))
+        layers[-1].vera_lambda_b["default"].data.normal_()
+        layers[-1].backend = backend
+    return Block(A, *layers).to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("make", [block, vera_block], ids=["vblora", "vera"])
+def test_a_new_number_of_tokens_compiles_nothing_again_in_training(make, backend):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make(backend).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (40, 41, 130, 64, 97):
+        x = torch.randn(rows, 32, device=DEVICE)
+        for a, b in zip(results(model, model, x), results(model, compiled, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, rows
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")

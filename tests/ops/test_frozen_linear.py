@@ -1,17 +1,14 @@
 """Ops that compute the base's product themselves: as exact as PyTorch, in one node of autograd, by addmm_ in place."""
 
-import re
-
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from tests.models import DEVICE
 from tests.ops.linear_case import NAMES, LinearCase, in_float64
 from tests.ops.vera_case import VeraCase, arguments
-from tests.tolerance import assert_as_exact_as_eager
+from tests.tolerance import allowed_error, assert_as_exact_as_eager, relative_error
 from vblora_triton import ops
 from vblora_triton.ops import reference
 
@@ -81,6 +78,27 @@ def test_output_and_gradients_are_as_exact_as_eager(method, case, backend):
             assert_as_exact_as_eager(value, plain, exact, case.dtype, f"{i}, bias {bias}")
 
 
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(40, 384, 240), (130, 96, 480), (7, 480, 96)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_y_and_dx_round_no_more_than_eagers_base_and_update_one_after_the_other(method, sizes, dtype, bias, backend):
+    M, K, N = sizes
+    case = METHODS[method](M=M, K=K, N=N, base=False, dtype=dtype)
+    tensors, base = case.tensors(), layer_of(case, bias)
+    for name, t in tensors.items():
+        t.requires_grad_(name == "x")
+    truth = run(defined(method, widened(base)), method, case, in_float64(tensors), None)
+    eager = run(defined(method, base), method, case, tensors, None)
+    found = run(getattr(ops, f"{method}_linear"), method, case, tensors, base, backend=backend)
+    for value, plain, exact, what in zip(found, eager, truth, ("y", "dx"), strict=True):
+        theirs = relative_error(plain, exact)
+        # Of fp32 the order of the sums is all that differs, which may go either way.
+        most = allowed_error(theirs, dtype) if dtype == torch.float32 else 1.02 * theirs
+        assert relative_error(value, exact) <= most, what
+
+
 @pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
 def test_from_a_selection_it_is_the_same(backend):
     case = LinearCase(M=20, base=False)
@@ -126,6 +144,21 @@ def test_it_may_be_checkpointed(method, reentrant, backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU runs")
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_may_be_asked_for_in_batches_on_a_cpu(method):
+    case = METHODS[method](M=20, base=False)
+    tensors, base = case.tensors(), layer_of(case)
+    dys = torch.stack([tensors["dy"], tensors["dy"].flip(0), tensors["dy"] * 0])
+    inputs = inputs_of(method, case, tensors, base)
+    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    op = getattr(ops, f"{method}_linear")
+    together = torch.autograd.grad(op(*inputs), wanted, dys, is_grads_batched=True)
+    alone = [torch.autograd.grad(op(*inputs), wanted, dy) for dy in dys]
+    for batch, *each in zip(together, *alone, strict=True):
+        torch.testing.assert_close(batch, torch.stack(each), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_that_is_trained_gets_its_gradients(method, backend):
@@ -136,31 +169,6 @@ def test_a_layer_that_is_trained_gets_its_gradients(method, backend):
     grads = torch.autograd.grad(y, trained, tensors["dy"])
     expected = torch.autograd.grad(F.linear(tensors["x"], *trained), trained, tensors["dy"])
     torch.testing.assert_close(grads, expected)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_one_product_in_place_is_all_that_touches_an_activation_beside_the_kernels(method):
-    """Of tensors of M x K or M x N: made empty, written by a kernel, and added to once, forward and backward."""
-    case = METHODS[method](M=40, K=96, N=144, base=False)
-    tensors, base = case.tensors(), layer_of(case)
-    for name, t in tensors.items():
-        t.requires_grad_(name not in ("A", "B", "dy"))
-    inputs = inputs_of(method, case, tensors, base)
-    large = {(40, 96), (40, 144)}
-
-    def seen(function):
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-            result = function()
-        names = [e.name for e in profiled.events() if {tuple(s) for s in e.input_shapes} & large]
-        # Views and empty memory touch nothing; the interpreter brings its arguments to the host and back.
-        silent = "empty|view|reshape|alias|stride|expand|detach|transpose|aten::t$|resolve"
-        silent += "|copy|aten::to$|clone|contiguous" if DEVICE == "cpu" else ""
-        return result, [n for n in names if n.startswith("aten::") and not re.search(silent, n)]
-
-    y, forward = seen(lambda: getattr(ops, f"{method}_linear")(*inputs, backend="triton"))
-    _, backward = seen(lambda: y.backward(tensors["dy"]))
-    assert forward == ["aten::addmm_"]
-    assert backward == ["aten::addmm_"]
 
 
 @pytest.mark.parametrize(

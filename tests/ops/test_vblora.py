@@ -44,7 +44,17 @@ def cases(*dicts: dict, dtypes=DTYPES, **more):
 ALL_OF_300 = {"M": 3, "K": 8, "N": 8, "r": 1, "h": 300, "b": 8, "k": 300}
 
 
-@pytest.mark.parametrize("case", cases(*CASES) + cases(ALL_OF_300, dtypes=DTYPES[:1]))
+# So few rows of so many columns that several programs share the sums over them, in x and in dy; r beyond 1.
+SHARED_SUMS = [
+    {"M": 20, "K": 1632, "N": 96, "r": 3, "h": 5, "b": 48, "k": 2},
+    {"M": 20, "K": 96, "N": 1632, "r": 7, "h": 5, "b": 48, "k": 2, "base": False},
+    {"M": 3, "K": 1632, "N": 96, "r": 3, "h": 5, "b": 48, "k": 2},
+]
+
+
+@pytest.mark.parametrize(
+    "case", cases(*CASES) + cases(*SHARED_SUMS, dtypes=DTYPES[:2]) + cases(ALL_OF_300, dtypes=DTYPES[:1])
+)
 def test_triton_linear_and_each_gradient_are_as_exact_as_eager(case):
     tensors = case.tensors()
     truth = case.run(reference.vblora_linear, in_float64(tensors))
@@ -251,6 +261,16 @@ def test_compose_operator_passes_opcheck(requires_grad):
 def test_compose_operator_passes_opcheck_with_a_bank_that_has_gaps():
     bank = torch.randn(8, 5, device=DEVICE).T.requires_grad_()
     torch.library.opcheck(torch.ops.vblora_triton.compose.default, (torch.randn(3, 5, device=DEVICE), bank, 2))
+
+
+def test_a_compiler_is_told_the_strides_that_the_gradient_of_a_bank_with_gaps_has():
+    bank = torch.randn(8, 5, device=DEVICE).T
+    logits, d_out = torch.randn(3, 5, device=DEVICE), torch.randn(3, 8, device=DEVICE)
+    # opcheck of the forward operator does not look at the strides in its backward.
+    _, *selection = torch.ops.vblora_triton.compose_fwd(logits, bank, 2)
+    gradient = torch.ops.vblora_triton.compose_bwd.default
+    arguments = (d_out, *selection, bank, [3, 5], torch.float32, [True, True])
+    torch.library.opcheck(gradient, arguments, test_utils="test_faketensor")
 
 
 def test_batches_of_gradients_are_refused_by_name():

@@ -140,6 +140,28 @@ def test_dropout_acts_in_training_only():
     torch.testing.assert_close(layer(x).double(), truth(layer, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_a_new_adapter_is_in_the_mode_of_its_layer(training):
+    layer, x = make().train(training), torch.randn(64, 32)
+    layer.vblora_vector_bank["other"] = nn.Parameter(torch.randn(5, 8))
+    layer.update_layer("other", layer.vblora_vector_bank, 2, 1, 5, 8, 0.5, 1.0)
+    layer.set_adapter("other")
+    assert layer.vblora_dropout["other"].training == training
+    assert torch.equal(layer(x), layer(x)) == (not training)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_bank_elsewhere_is_brought_to_the_device_of_the_input(grad):
+    layer = make().eval()
+    # The bank is the model's own, and stays where it is.
+    layer.to("meta")
+    assert layer.vblora_vector_bank["default"].device.type == "cpu"
+    with torch.set_grad_enabled(grad):
+        y = layer(torch.randn(3, 32, device="meta"))
+    assert (y.device.type, y.shape) == ("meta", (3, 48))
+    assert layer._delta("default").is_meta
+
+
 def test_the_bank_is_reached_and_not_registered():
     layer = make()
     assert layer.vblora_vector_bank["default"].shape == (9, 16)

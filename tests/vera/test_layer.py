@@ -188,6 +188,27 @@ def test_dropout_acts_in_training_alone_and_follows_the_seed():
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_a_new_adapter_is_in_the_mode_of_its_layer(training):
+    layer, x = make().train(training), torch.randn(64, IN)
+    layer.vera_A["other"], layer.vera_B["other"] = draw_projections(1, R, IN, OUT)
+    layer.update_layer("other", layer.vera_A, layer.vera_B, R, VeraConfig(r=R, vera_dropout=0.5))
+    draw(layer, "other")
+    layer.set_adapter("other")
+    assert layer.vera_dropout["other"].training == training
+    assert torch.equal(layer(x), layer(x)) == (not training)
+
+
+def test_projections_elsewhere_are_brought_to_the_device_of_the_input():
+    layer = make()
+    held = layer.vera_A["default"], layer.vera_B["default"]
+    layer.to("meta")
+    layer.vera_A["default"], layer.vera_B["default"] = held
+    y = layer(torch.randn(3, IN, device="meta"))
+    assert (y.device.type, y.shape) == ("meta", (3, OUT))
+    assert layer._delta("default").is_meta
+
+
 def test_the_result_has_the_dtype_of_the_base_layers_also_under_autocast():
     layer = make()
     assert layer.to(torch.bfloat16)(torch.randn(3, IN, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -1,12 +1,16 @@
 """Both methods on a CPU: plain PyTorch as in `reference`, with gradients written out so that less is made and kept.
 
 VB-LoRA keeps x, s, its selection, A and B, and gathers the vectors again in backward; VeRA keeps the projected input p
-alone, and multiplies by B again. `reference` says what is computed, and takes over where these cannot go (`why_not`).
+alone, and multiplies dy by it. `reference` says what is computed, and takes over where these cannot go (`why_not`).
 
-Products go through oneDNN, where torch brings it, instead of the BLAS that torch.mm calls: MKL, the BLAS of torch's own
-builds, is slow on processors of other makers, and for products in full float32 torch itself does not take oneDNN. Both
-follow `torch.set_float32_matmul_precision`.
+Large products go through oneDNN where torch.mm calls MKL on a processor that is not Intel's: there MKL takes 1.5 to 2.5
+times longer, and for products in full float32 torch itself does not take oneDNN. Both follow
+`torch.set_float32_matmul_precision`. The products with a rank of a few are left to torch.mm: one step, in place of the
+base's product where they are added to it.
 """
+
+import platform
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,8 +21,25 @@ from vblora_triton.ops.reference import FrozenLinear
 from vblora_triton.ops.register import first_derivative_only
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
-# What torch.compile makes of a frozen linear; absent from builds without oneDNN.
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _find_onednn() -> Callable[..., Tensor] | None:
+    """What torch.compile makes of a frozen linear, where it is faster than torch.mm; None elsewhere.
+
+    On an AMD EPYC, 512 x 1024 x 1024, one thread: MKL 24 ms, oneDNN 9.4. On Intel's own MKL is the faster one.
+    """
+    try:
+        with open("/proc/cpuinfo") as lines:
+            makers = {line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")}
+    except OSError:
+        makers = {platform.processor()}
+    foreign = bool(makers) and not any("Intel" in maker for maker in makers)
+    return (
+        getattr(torch.ops.mkldnn, "_linear_pointwise", None) if foreign and torch.backends.mkl.is_available() else None
+    )
+
+
+_onednn = _find_onednn()
 # Below so many operations, or columns of the result, torch.mm is done sooner.
 LEAST_OPERATIONS = 2**22
 LEAST_COLUMNS = 16
@@ -68,22 +89,28 @@ def _add(x: Tensor, base: Tensor | FrozenLinear | None, update: Tensor) -> Tenso
     """base + update, (M, out), rounded once to the dtype of base, in x's shape; or the update, in that of x."""
     shape = (*x.shape[:-1], update.shape[1])
     if isinstance(base, FrozenLinear):
-        y = F.linear(x.reshape(-1, x.shape[-1]), *base)
+        y = product(x.reshape(-1, x.shape[-1]), *base)
         return _shaped(y.add_(update), shape, y.dtype)
     if base is None:
         return _shaped(update, shape, x.dtype)
     return (base + update.view(shape)).to(base.dtype)
 
 
+def _add_product(x: Tensor, base: Tensor | FrozenLinear | None, s: Tensor, B_t: Tensor) -> Tensor:
+    """`_add` of s B^T, from s (M, r) and B^T (r, out) in one dtype; into the base's product, where that is ours."""
+    if not isinstance(base, FrozenLinear) or s.dtype != x.dtype:
+        return _add(x, base, s @ B_t)
+    y = product(x.reshape(-1, x.shape[-1]), *base).addmm_(s, B_t)
+    return _shaped(y, (*x.shape[:-1], y.shape[1]), y.dtype)
+
+
 def _weight(base: Tensor | FrozenLinear | None) -> Tensor | None:
     return base.weight if isinstance(base, FrozenLinear) else None
 
 
-def _input_grad(dx: Tensor, dy: Tensor, weight: Tensor | None, x_shape: torch.Size, x_dtype: torch.dtype) -> Tensor:
-    """dx, (M, in), of the update and, where its product is ours, of the base layer; in x's shape and dtype."""
-    if weight is not None:
-        dx = (dy.reshape(-1, dy.shape[-1]) @ weight).add_(dx)
-    return _shaped(dx, x_shape, x_dtype)
+def _base_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
+    """dx, (M, in), of the base layer, whose product is ours."""
+    return product(dy.reshape(-1, dy.shape[-1]), weight.T)
 
 
 def vblora_linear(
@@ -145,7 +172,7 @@ def _updated(
     A, B_t = _split(vectors, shape_A)
     dtype = torch.promote_types(x.dtype, A.dtype)
     s = x.reshape(-1, x.shape[-1]).to(dtype) @ A.T.to(dtype)
-    return _add(x, base, product(s, B_t.T.to(dtype))), s
+    return _add_product(x, base, s, B_t.to(dtype)), s
 
 
 class _VBLoRALinear(torch.autograd.Function):
@@ -172,10 +199,17 @@ class _VBLoRALinear(torch.autograd.Function):
         ds = dy_rows @ B_t.T.to(s.dtype)
         dx = d_logits_A = d_logits_B = d_bank = None
         if need_x:
-            dx = _input_grad(product(ds, A.T.to(s.dtype)), dy, weight, x.shape, x.dtype)
+            wide_A = A.to(s.dtype)
+            if weight is None:
+                dx = ds @ wide_A
+            elif dy.dtype == s.dtype:
+                dx = _base_input_grad(dy, weight).addmm_(ds, wide_A)
+            else:
+                dx = _base_input_grad(dy, weight).add_(ds @ wide_A)
+            dx = _shaped(dx, x.shape, x.dtype)
         if need_A or need_B or need_bank:
-            dA = product(ds.T, x.reshape(-1, x.shape[-1]).T.to(s.dtype))
-            dB = product(s.T, dy_rows.T).view(shape_A[0], -1, bank.shape[1]).transpose(0, 1)
+            dA = ds.T @ x.reshape(-1, x.shape[-1]).to(s.dtype)
+            dB = (s.T @ dy_rows).view(shape_A[0], -1, bank.shape[1]).transpose(0, 1)
             d_vectors = torch.cat([d.reshape(-1, bank.shape[1]) for d in (dA, dB)]).to(bank.dtype)
             d_selected, d_bank = _mixing_grads(d_vectors, indices, weights, bank)
             rows = [shape_A[0] * shape_A[1], shape_B[0] * shape_B[1]]
@@ -249,31 +283,34 @@ class _VeraLinear(torch.autograd.Function):
         A, B = A[:, : ctx.x_shape[-1]].to(p.dtype), B[: lambda_b.shape[0]].to(p.dtype)
         dy_rows = dy.reshape(-1, dy.shape[-1]).to(p.dtype)
         dx = d_lambda_b = d_lambda_d = None
-        if need_b:
-            d_lambda_b = (product(p * lambda_d, B) * dy_rows).sum(0).to(lambda_b.dtype)
-        if need_x or need_d:
+        if need_b or need_d:
+            # (out, r): of both scales' gradients, without anything of the size of dy.
+            common = product(dy_rows.T, p.T).mul_(B)
+            d_lambda_b = (common @ lambda_d.to(p.dtype)).to(lambda_b.dtype) if need_b else None
+            d_lambda_d = (lambda_b.to(p.dtype) @ common).to(lambda_d.dtype) if need_d else None
+        if need_x:
             du = product(dy_rows, (lambda_b.to(p.dtype)[:, None] * B).T)
-            if need_d:
-                d_lambda_d = (du * p).sum(0).to(lambda_d.dtype)
-            if need_x:
-                dx = _input_grad(product(du.mul_(lambda_d), A.T), dy, weight, ctx.x_shape, ctx.x_dtype)
+            dx = product(du.mul_(lambda_d), A.T)
+            dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
+            dx = _shaped(dx, ctx.x_shape, ctx.x_dtype)
         return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left right^T, without gradients.
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left right^T + bias, without gradients.
 
     Args:
         left: (M, K).
         right: (N, K), in the dtype of left.
+        bias: (N), or None.
     Returns:
         (M, N), contiguous.
     """
     if not _suits_onednn(left, right):
-        return left @ right.T
+        return F.linear(left, right, bias)
     if not _is_dense(right):
         right = right.contiguous()
-    return _onednn(left, right, None, "none", [], "")  # type: ignore[misc]
+    return _onednn(left, right, bias, "none", [], "")  # type: ignore[misc]
 
 
 def _suits_onednn(left: Tensor, right: Tensor) -> bool:

@@ -1,0 +1,97 @@
+"""All that touches a tensor of M x K or M x N in a training step of an adapted layer over a plain base, counted."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from tests.models import DEVICE
+from vblora_triton import VeraConfig
+from vblora_triton.kernels.launch import intercepted
+from vblora_triton.vblora.layer import Linear
+from vblora_triton.vera.layer import Linear as VeraLinear
+from vblora_triton.vera.projection import ProjectionDict, draw_projections
+
+# All sizes differ, so that a shape says which tensor it is.
+M, K, N, R = 70, 96, 144, 4
+# These make no pass over memory; of those that only call others, the others are counted.
+SILENT = "empty|view|reshape|alias|stride|expand|detach|transpose|permute|numpy_T|aten::t$|resolve"
+SILENT += "|aten::(linear|matmul|to|contiguous)$"
+
+
+def layer(method: str, backend: str, bias: bool) -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Linear(K, N, bias=bias).requires_grad_(False)
+    if method == "vblora":
+        bank = nn.ParameterDict({"default": nn.Parameter(torch.randn(6, 48, device=DEVICE) * 0.02)})
+        made: nn.Module = Linear(base, bank, "default", r=R, num_vectors=6, vector_length=48)
+    else:
+        A, B = ProjectionDict(), ProjectionDict()
+        A["default"], B["default"] = (t.to(DEVICE) for t in draw_projections(0, R, K, N))
+        made = VeraLinear(base, A, B, "default", VeraConfig(r=R))
+    made.backend = backend
+    return made.train().to(DEVICE)
+
+
+def touching(function, *shapes):
+    """The result, and each operator that is given a tensor of one of these shapes; the profiler is no mode."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        result = function()
+    large = {*shapes, *(tuple(reversed(shape)) for shape in shapes)}
+    events = [e for e in profiled.events() if {tuple(shape) for shape in e.input_shapes} & large]
+    # What aten's own product with a bias does inside is its own business, and nn.Linear's too.
+    own = [e.name for e in events if e.cpu_parent is None or e.cpu_parent.name != "aten::addmm"]
+    return result, [n for n in own if re.match("aten::|mkldnn::", n) and not re.search(SILENT, n)]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("method", ["vblora", "vera"])
+def test_two_kernels_and_one_product_in_place_touch_activations_in_each_direction(method, bias):
+    adapted = layer(method, "triton", bias)
+    x, dy = torch.randn(M, K, device=DEVICE, requires_grad=True), torch.randn(M, N, device=DEVICE)
+    launched: list[set[int]] = []
+
+    def look(kernel, grid, arguments):
+        # Not run: the interpreter has operators of its own.
+        memory = [t.untyped_storage() for t in arguments.values() if isinstance(t, torch.Tensor)]
+        launched.append({storage.data_ptr() for storage in memory if storage.nbytes() in (4 * M * K, 4 * M * N)})
+
+    def pointers(*tensors):
+        return [t.untyped_storage().data_ptr() for t in tensors]
+
+    with intercepted(look):
+        y, forward = touching(lambda: adapted(x), (M, K), (M, N))
+        in_forward, launched = launched, []
+        _, backward = touching(lambda: y.backward(dy), (M, K), (M, N))
+    assert forward == ["aten::addmm_"]
+    assert backward == ["aten::addmm_"]
+    (x_at, y_at), (dy_at, dx_at) = pointers(x, y), pointers(dy, x.grad)
+    # One reads x, and another one writes y.
+    assert [touched for touched in in_forward if touched] == [{x_at}, {y_at}]
+    # One reads dy, or for VeRA's two scales each; dx is written once, by what reads x where x is read.
+    assert sum(dx_at in touched for touched in launched) == 1
+    assert sum(x_at in touched for touched in launched) == (method == "vblora")
+    assert sum(dy_at in touched for touched in launched) == (1 if method == "vblora" else 2)
+    assert set().union(*launched) <= {x_at, dy_at, dx_at}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU runs")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("method", ["vblora", "vera"])
+def test_on_a_cpu_products_alone_touch_activations_and_veras_scales(method, bias):
+    adapted = layer(method, "auto", bias)
+    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
+    y, forward = touching(lambda: adapted(x), (M, K), (M, N))
+    _, backward = touching(lambda: y.backward(dy), (M, K), (M, N))
+    base, product = "aten::addmm" if bias else "aten::mm", "aten::mm"
+    if method == "vblora":
+        # Forward s, the base's, and s B^T added in place; backward ds, the base's dx, ds A added in place, dA and dB.
+        assert sorted(forward) == sorted([product, base, "aten::addmm_"])
+        assert sorted(backward) == sorted([product] * 4 + ["aten::addmm_"])
+    else:
+        # Forward p, the base's, and u B^T, scaled and added in place; backward D and du of dy, the base's dx, and the
+        # update's added in place. Products that only make a large tensor are not given one.
+        assert sorted(forward) == sorted([product, base, "aten::mul_", "aten::add_"])
+        assert sorted(backward) == sorted([product] * 3 + ["aten::add_"])
