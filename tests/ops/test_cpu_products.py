@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.tolerance import assert_as_exact_as_eager
 from vblora_triton.ops import cpu
 
-ONEDNN = cpu._onednn is not None
+ONEDNN = cpu.onednn() is not None
 
 
 def matrix(rows, columns, layout, dtype=torch.float32):
@@ -28,9 +28,9 @@ def operands(monkeypatch):
         given.append((left, right))
         return linear(left, right, *rest)
 
-    linear = cpu._onednn
+    linear = cpu.onednn()
     if ONEDNN:
-        monkeypatch.setattr(cpu, "_onednn", remember)
+        monkeypatch.setattr(cpu, "onednn", lambda: remember)
     return given
 
 

@@ -11,6 +11,7 @@ base's product where they are added to it.
 
 import platform
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from vblora_triton.ops.register import first_derivative_only
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-def _find_onednn() -> Callable[..., Tensor] | None:
+@cache
+def onednn() -> Callable[..., Tensor] | None:
     """What torch.compile makes of a frozen linear, where it is faster than torch.mm; None elsewhere.
 
-    On an AMD EPYC, 512 x 1024 x 1024, one thread: MKL 24 ms, oneDNN 9.4. On Intel's own MKL is the faster one.
+    It is where torch.mm calls MKL, on a processor of another maker than MKL's.
     """
     try:
         with open("/proc/cpuinfo") as lines:
@@ -39,7 +41,6 @@ def _find_onednn() -> Callable[..., Tensor] | None:
     )
 
 
-_onednn = _find_onednn()
 # Below so many operations, or columns of the result, torch.mm is done sooner.
 LEAST_OPERATIONS = 2**22
 LEAST_COLUMNS = 16
@@ -310,14 +311,13 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(left, right, bias)
     if not _is_dense(right):
         right = right.contiguous()
-    return _onednn(left, right, bias, "none", [], "")  # type: ignore[misc]
+    return onednn()(left, right, bias, "none", [], "")  # type: ignore[misc]
 
 
 def _suits_onednn(left: Tensor, right: Tensor) -> bool:
     (M, K), N = left.shape, right.shape[0]
     return (
-        _onednn is not None
-        and 2 * M * N * K >= LEAST_OPERATIONS
+        2 * M * N * K >= LEAST_OPERATIONS
         and N >= LEAST_COLUMNS
         and left.dtype == right.dtype == torch.float32
         and left.is_cpu
@@ -326,6 +326,7 @@ def _suits_onednn(left: Tensor, right: Tensor) -> bool:
         # FlopCounterMode and selective checkpointing see only operators that they know.
         and modes.is_plain(left, right)
         and torch._C._get_mkldnn_enabled()
+        and onednn() is not None
     )
 
 
