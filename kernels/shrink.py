@@ -226,7 +226,7 @@ def launch_shrink_bwd(
     """
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
-    config = tuning.two_products(M, K, x.dtype, r)
+    config = tuning.two_products(M, K, x.dtype, r, drops=dropout.seed is not None)
     partials = config.pop("PARTIALS")
     dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(

@@ -115,9 +115,15 @@ def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"AHEAD": ahead, "BLOCK_M": rows, "BLOCK_N": columns, **_shares(M, rows, chunks), **options, "num_stages": 1}
 
 
-def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows."""
+def two_products(M: int, C: int, dtype: torch.dtype, r: int, drops: bool = False) -> dict[str, int]:
+    """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows.
+
+    Args:
+        drops: with dropout, which takes registers.
+    """
     rows, options, columns = tile(M, dtype, r)
+    if drops:
+        options["num_stages"] = min(options["num_stages"], 2)
     if r > 32 and dtype != torch.float32:
         # Two accumulators of so many columns spill.
         columns = 32
