@@ -112,8 +112,8 @@ def _bank_grad_tile(
         # Where there is no entry, a vector of no tile.
         index_A = tl.load(IdxA_ptr + offs_e, mask=offs_e < entries_A, other=-BLOCK_V)
         index_B = tl.load(IdxB_ptr + (offs_e - entries_A), mask=is_B, other=-BLOCK_V)
-        match = (tl.maximum(index_A, index_B) // BLOCK_V == start_v // BLOCK_V).to(tl.int32)
-        number = match * tl.cumsum(match, axis=0)
+        match = tl.maximum(index_A, index_B) // BLOCK_V == start_v // BLOCK_V
+        number = tl.where(match, tl.cumsum(match.to(tl.int32), axis=0), 0)
         found = tl.max(number, axis=0)
         for first in range(1, found + 1, MATCHES):  # trips: cdiv(min(BLOCK_E, entries) * BLOCK_V, H * MATCHES)
             chosen = number[None, :] == (first + offs_j)[:, None]  # (MATCHES, BLOCK_E)

@@ -142,7 +142,7 @@ def blocks_each(blocks: int, r: int) -> int:
 def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     """For a bank (H, vector_length); BLOCK_V vectors share a program, more of a large bank, of which few are picked.
 
-    Of the forecast's best, those that compile without spills for sm_80, sm_90, sm_100 and gfx942.
+    Of the tiles that compile without spills for sm_80, sm_90, sm_100 and gfx942, and not quite the forecast's best.
     """
     k_pad = power_of_2(topk)
     return {
