@@ -177,7 +177,7 @@ def launch_shrink_fwd(
     s = torch.empty((partials, M, r), dtype=torch.float32, device=x.device)
     launch(
         _shrink_fwd_kernel,
-        (triton.cdiv(M, config["BLOCK_M"]), partials),
+        (tuning.cdiv(M, config["BLOCK_M"]), partials),
         X_ptr=x,
         A_ptr=A,
         Bank_ptr=vector_bank,
@@ -231,7 +231,7 @@ def launch_shrink_bwd(
     dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(
         _shrink_bwd_kernel,
-        (triton.cdiv(K, config["BLOCK_C"]), partials),
+        (tuning.cdiv(K, config["BLOCK_C"]), partials),
         X_ptr=x,
         DS_ptr=ds,
         Bank_ptr=vector_bank,

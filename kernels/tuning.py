@@ -3,11 +3,20 @@
 A number here that was measured carries its measurement; the others are first choices by arithmetic.
 """
 
+from collections.abc import Callable
+from functools import lru_cache, wraps
+
 import torch
 
 # Programs that a launch over a large input should have: two for each multiprocessor of an H100 or H200 (132), so that
 # one computes while the other waits for memory.
 PROGRAMS = 264
+
+
+def remembered(choose: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+    """Decorate what chooses a launch's shape, for which every launch asks: it chooses once for the same arguments."""
+    chosen = lru_cache(maxsize=1024)(choose)
+    return wraps(choose)(lambda *sizes: dict(chosen(*sizes)))
 
 
 def power_of_2(n: int) -> int:
@@ -29,6 +38,7 @@ def _splits(dtype: torch.dtype, r: int) -> int:
     return 3 if r <= 8 else 2
 
 
+@remembered
 def copies(dtype: torch.dtype, r: int) -> dict[str, int]:
     """Columns in which an operand of rank r meets an activation of `dtype`: at least the 16 of a matrix instruction."""
     splits = _splits(dtype, r)
@@ -47,6 +57,7 @@ def input_precision() -> str:
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
 
 
+@remembered
 def select(H: int, topk: int, vector_length: int) -> dict[str, int]:
     block_h = power_of_2(H) if H <= 4096 else 2048
     return {
@@ -90,6 +101,7 @@ def _shares(size: int, block: int, programs: int) -> dict[str, int]:
     return {"blocks_each": each, "PARTIALS": cdiv(size, each * block)}
 
 
+@remembered
 def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """PARTIALS programs share the columns of one block of rows; each takes blocks_each blocks of them.
 
@@ -106,6 +118,7 @@ def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_K": block_k, **_shares(K, block_k, partials), **options}
 
 
+@remembered
 def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """A program takes a block of columns of y and blocks_each blocks of rows."""
     rows, options, columns = tile(M, dtype, r)
@@ -115,6 +128,7 @@ def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"AHEAD": ahead, "BLOCK_M": rows, "BLOCK_N": columns, **_shares(M, rows, chunks), **options, "num_stages": 1}
 
 
+@remembered
 def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows."""
     rows, options, columns = tile(M, dtype, r)
@@ -133,6 +147,7 @@ def blocks_each(blocks: int, r: int) -> int:
     return max(1, min(blocks, r // 3))
 
 
+@remembered
 def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     k_pad = power_of_2(topk)
     return {
@@ -145,11 +160,13 @@ def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     }
 
 
+@remembered
 def sum_partials(partials: int) -> dict[str, int]:
     """All of up to 32 partials come from memory at once: the first, and AHEAD more."""
     return {"AHEAD": min(power_of_2(partials), 32) - 1, "BLOCK": 128, "num_warps": 4}
 
 
+@remembered
 def compose(vector_length: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 16, "BLOCK_C": min(128, max(16, power_of_2(vector_length))), "num_warps": 4}
 
@@ -226,10 +243,12 @@ def matmul_partials(M: int, N: int, K: int, splits: dict[str, int]) -> int:
     return cdiv(K, depth)
 
 
+@remembered
 def pack_rows(r: int) -> dict[str, int]:
     r_pad = power_of_2(r)
     return {"R_PAD": r_pad, "BLOCK_M": max(1, 2048 // r_pad), "num_warps": 4}
 
 
+@remembered
 def sum_scale_grads() -> dict[str, int]:
     return {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4}

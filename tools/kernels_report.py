@@ -43,7 +43,7 @@ def vblora_passes(
 
     def backward(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         dy, *saved = found
-        return linear.bwd.unobserved(dy, x, *saved, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
+        return linear.bwd.unobserved(dy, x, *saved, bank, seed, p, logits_A.dtype, logits_B.dtype, [True] * 4)
 
     return Passes(
         (x, logits_A, logits_B, bank),
@@ -66,7 +66,7 @@ def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: 
 
     def backward(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         dy, *projected = found
-        return linear.bwd.unobserved(dy, *frozen, *projected, list(x.shape), dtype, p, seed, [True] * 3)
+        return linear.bwd.unobserved(dy, *frozen, *projected, seed, p, list(x.shape), dtype, [True] * 3)
 
     return Passes((x, *frozen), forward, backward)
 

@@ -87,10 +87,10 @@ def _linear_bwd(
     B: Tensor,
     values: Tensor,
     scale: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
     x_shape: list[int],
     x_dtype: torch.dtype,
-    dropout_p: float,
-    seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of x, lambda_b and lambda_d that `needs` asks for, in this order."""
@@ -98,7 +98,7 @@ def _linear_bwd(
     from vblora_triton.kernels.vera import ProjectedInput, launch_input_grad, launch_scale_grads
 
     need_x, *need_scales = needs
-    grads = _linear_bwd_fake(dy, lambda_b, lambda_d, A, B, values, scale, x_shape, x_dtype, dropout_p, seed, needs)
+    grads = _linear_bwd_fake(dy, lambda_b, lambda_d, A, B, values, scale, seed, dropout_p, x_shape, x_dtype, needs)
     K, N = x_shape[-1], lambda_b.shape[0]
     if dy.numel() == 0 or K == 0:
         return [grad.zero_() for grad in grads]
@@ -115,15 +115,15 @@ def _linear_bwd(
 
 
 def _linear_bwd_fake(dy: Tensor, lambda_b: Tensor, lambda_d: Tensor, *rest: Any) -> list[Tensor]:
-    *_, x_shape, x_dtype, _, _, needs = rest
+    *_, x_shape, x_dtype, needs = rest
     like = ((tuple(x_shape), x_dtype), (lambda_b.shape, lambda_b.dtype), (lambda_d.shape, lambda_d.dtype))
     return [dy.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(like, needs, strict=True) if need]
 
 
-def _linear_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> list:
+def _linear_saved(kept: Any, x: Tensor, base: Any, *rest: Any) -> Any:
     # Not x: its gradient needs only its shape, and no gradient needs more of it than the projected input.
     *tensors, dropout_p, seed = rest
-    return [*tensors, x.shape, x.dtype, dropout_p, seed]
+    return (*tensors, seed), (dropout_p, x.shape, x.dtype)
 
 
 linear = Differentiable(
@@ -137,8 +137,8 @@ linear = Differentiable(
     saved=_linear_saved,
     backward=Operator(
         "vera_linear_bwd",
-        f"Tensor dy, Tensor lambda_b, Tensor lambda_d, Tensor A, Tensor B, {_PROJECTED}, SymInt[] x_shape, "
-        "ScalarType x_dtype, float dropout_p, Tensor? seed, bool[] needs",
+        f"Tensor dy, Tensor lambda_b, Tensor lambda_d, Tensor A, Tensor B, {_PROJECTED}, Tensor? seed, "
+        "float dropout_p, SymInt[] x_shape, ScalarType x_dtype, bool[] needs",
         "Tensor[]",
         _linear_bwd,
         _linear_bwd_fake,
