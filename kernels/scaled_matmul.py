@@ -188,7 +188,9 @@ def launch_scaled_matmul(
     shares = out.shape[0] if out.dim() == 3 else 1
     in_partials = x.dim() == 3
     dropout = drop_x or drop_out or Dropout(None, 0, 1.0)
-    config = tuning.scaled_matmul(M, N, splits, in_partials=in_partials, drops=dropout.seed is not None)
+    config = tuning.scaled_matmul(
+        M, N, splits, in_partials=in_partials, drops=dropout.seed is not None, adds=base is not None
+    )
     launch(
         _scaled_matmul_kernel,
         (tuning.cdiv(M, config["BLOCK_M"]) * tuning.cdiv(N, config["BLOCK_N"]), shares),

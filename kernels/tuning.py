@@ -129,9 +129,16 @@ def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
 
 
 @remembered
-def two_products(M: int, C: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows."""
+def two_products(M: int, C: int, dtype: torch.dtype, r: int, adds: bool = False) -> dict[str, int]:
+    """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows.
+
+    Args:
+        adds: the pass also reads what it writes, and adds to it.
+    """
     rows, options, columns = tile(M, dtype, r)
+    if adds:
+        # More spill on sm_80.
+        columns = min(columns, 64)
     if r > 32 and dtype != torch.float32:
         # Two accumulators of so many columns spill.
         columns = 32
@@ -210,7 +217,7 @@ def rank_splits(M: int, dtype: torch.dtype, all_fp32: bool) -> dict[str, int]:
 
 
 def scaled_matmul(
-    M: int, N: int, splits: dict[str, int], in_partials: bool = False, drops: bool = False
+    M: int, N: int, splits: dict[str, int], in_partials: bool = False, drops: bool = False, adds: bool = False
 ) -> dict[str, int]:
     """Tile of the result of a scaled product, and how deep one step is.
 
@@ -219,6 +226,7 @@ def scaled_matmul(
     Args:
         in_partials: X is added up from partials.
         drops: dropout of X or of the result.
+        adds: a base is added to the result.
     """
     rows, columns, depth, warps = 64, 64, 32, 4
     if splits["X_SPLITS"] == 0:
@@ -228,6 +236,8 @@ def scaled_matmul(
         depth = 64 if splits["W_SPLITS"] == 1 and not in_partials else 32
     elif in_partials:
         warps = 8
+    if drops and adds:
+        columns = min(columns, 32)
     if M <= FEW_ROWS:
         rows, warps = 16, 4
     columns = max(16, min(columns, power_of_2(N)))

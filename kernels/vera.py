@@ -234,20 +234,22 @@ def launch_input_grad(
     dx: Tensor,
     *,
     all_fp32: bool,
+    add_to_dx: bool = False,
 ) -> None:
-    """dx = dropout'((((dy lambda_b) B) lambda_d) A).
+    """dx = dropout'((((dy lambda_b) B) lambda_d) A), or dx += that.
 
     Args:
         dy: (M, N), any strides.
         A, B: (r, K) and (N, r), any strides.
-        dx: (M, K), contiguous, written.
+        dx: (M, K), contiguous, written, or with `add_to_dx` added to.
     """
     (M, N), r = dy.shape, A.shape[0]
     splits = tuning.activation_splits(dy.dtype, all_fp32)
     partials = torch.empty((tuning.matmul_partials(M, r, N, splits), M, r), dtype=torch.float32, device=dy.device)
     launch_scaled_matmul(dy, B, partials, splits, k_scale=lambda_b, n_scale=lambda_d)
     dp = partials if partials.shape[0] > 1 else partials[0]
-    launch_scaled_matmul(dp, A, dx, tuning.rank_splits(M, dx.dtype, all_fp32), drop_out=dropout)
+    splits = tuning.rank_splits(M, dx.dtype, all_fp32)
+    launch_scaled_matmul(dp, A, dx, splits, base=dx if add_to_dx else None, drop_out=dropout)
 
 
 def launch_scale_grads(

@@ -147,12 +147,14 @@ class Choice(NamedTuple):
     run: takes the op's tensors, and then `dropout(x)`.
     dropout_p: the probability in force.
     calls_base: the base is a FrozenLinear, and its product is to be computed before.
+    may_hand_on: `run` takes HANDS_ON after that, and x has a gradient that it may be of use for (`shared_input`).
     """
 
     backend: str
     run: Callable[..., Any]
     dropout_p: float = 0.0
     calls_base: bool = False
+    may_hand_on: bool = False
 
     def dropout(self, x: Tensor) -> tuple[Any, ...]:
         """The probability and, for Triton, the seed."""
@@ -247,11 +249,13 @@ def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tens
 def choose_linear(
     op: str, backend: str, sizes: Sizes, dropout_p: float, x: Tensor, base: Any, *others: Tensor
 ) -> Choice:
-    """`choose`, and whether the op may compute the base's product."""
+    """`choose`, and whether the op may compute the base's product, and hand x on."""
     owns = owns_base(x, base, *others)
     calls = isinstance(base, FrozenLinear) and not owns
     chosen = choose(op, backend, sizes, dropout_p, x, *((base,) if owns or not calls else base), *others)
-    return chosen._replace(calls_base=calls)
+    hands_on = chosen.backend == "cpu" or chosen.run is getattr(BACKENDS[chosen.backend][op], "unobserved", None)
+    has_gradient = torch.is_grad_enabled() and x.requires_grad and op != "vblora_linear_selected"
+    return chosen._replace(calls_base=calls, may_hand_on=hands_on and has_gradient)
 
 
 def _why_not(

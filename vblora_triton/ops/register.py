@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from vblora_triton.ops import modes
 from vblora_triton.ops.reference import FrozenLinear
+from vblora_triton.ops.shared_input import HANDS_ON, writable
 
 _library = torch.library.Library("vblora_triton", "DEF")
 
@@ -51,7 +52,9 @@ class Differentiable(Operator):
         forward: (y, *arguments) -> results, having written y.
         fake: (y, *arguments) -> results without values.
         saved: (results, *arguments) -> what `backward` takes between dy and `needs`: tensors, or None, and then others.
-        backward: the operator (dy, *tensors, *others, needs) -> those of the gradients that `needs` asks for.
+        backward: the operator (dy, *tensors, *others, needs) -> those of the gradients that `needs` asks for. Its
+            implementation takes one more argument, if there are layers that read the same x: their dx, to which it
+            adds its own, in place (`shared_input`).
         gradients: the position among the arguments of each gradient that `backward` can give; None for none.
         has_base: the second argument is the base's result, or None, to which an update that is linear in x is added:
             its gradient is dy. Where nobody observes it may be a FrozenLinear, whose product is then added in place,
@@ -86,7 +89,8 @@ class Differentiable(Operator):
 
             @staticmethod
             def forward(ctx, *args):
-                weight = None
+                weight, hands_on = None, args[-1] is HANDS_ON
+                args = args[:-1] if hands_on else args
                 with modes.below_autograd():
                     if has_base and isinstance(args[1], FrozenLinear):
                         x, (weight, bias), *rest = args
@@ -102,11 +106,17 @@ class Differentiable(Operator):
                 if ctx is not None:
                     tensors, ctx.others = saved(kept, *args)
                     ctx.save_for_backward(weight, *tensors)
+                if hands_on:
+                    ctx.set_materialize_grads(False)
+                    return y, args[0].detach()
                 return y
 
             @staticmethod
             @first_derivative_only
-            def backward(ctx, dy):
+            def backward(ctx, dy, dx=None):
+                if dy is None:
+                    # Of a layer whose result nobody used; others read the x that it handed on.
+                    return dx, *[None] * (len(ctx.needs_input_grad) - 1)
                 if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
                     raise NotImplementedError(
                         f"{name} takes no batches of gradients (is_grads_batched) in Triton; use backend='reference'."
@@ -116,8 +126,13 @@ class Differentiable(Operator):
                 if any(needs):
                     # Before autograd is left: checkpointing computes them again here, and records that.
                     weight, *tensors = ctx.saved_tensors
+                    run, received = backward.on(dy, *tensors), dx if needs[0] else None
+                    # An operator that somebody observes writes to nothing that it is given.
+                    into = [] if received is None or run is backward.operator else [writable(received)]
                     with modes.below_autograd():
-                        found = backward.on(dy, *tensors)(dy, *tensors, *ctx.others, needs)
+                        found = run(dy, *tensors, *ctx.others, needs, *into)
+                        if received is not None and not into:
+                            found[0].add_(received)
                         if weight is not None and needs[0]:
                             rows_of(found[0]).addmm_(rows_of(dy), weight)
                     wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
@@ -181,7 +196,8 @@ def first_derivative_only(backward: Callable) -> Callable:
                 )
             with torch.no_grad():
                 return checked(ctx, *grads)
-        with modes.no_autocast(grads[0].device.type):
+        # Where the result was not used there is none, and nothing to multiply.
+        with nullcontext() if grads[0] is None else modes.no_autocast(grads[0].device.type):
             return backward(ctx, *grads)
 
     return checked

@@ -81,17 +81,23 @@ def _linear_bwd(
     dtype_A: torch.dtype,
     dtype_B: torch.dtype,
     needs: list[bool],
+    others_dx: Tensor | None = None,
 ) -> list[Tensor]:
-    """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order."""
+    """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order.
+
+    Args:
+        others_dx: what that of x is added to, in place.
+    """
     kernels, selection = _kernels(), Selection(indices_A, weights_A, indices_B, weights_B)
     need_x, need_logits_A, need_logits_B, need_bank = needs
     need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
     if x.numel() == 0 or dy.numel() == 0:
         nothing = _linear_bwd_fake(dy, x, s, *selection, vector_bank, seed, dropout_p, dtype_A, dtype_B, needs)
-        return [grad.zero_() for grad in nothing]
+        zeros = [grad.zero_() for grad in nothing]
+        return zeros if others_dx is None else [others_dx, *zeros[1:]]
     x_rows, dy_rows, bank = rows_of(x), rows_of(dy), vector_bank.contiguous()
     # Of x's shape from the start: a view of it autograd could not add to in place.
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x and others_dx is None else others_dx
     dA = None
     with on_device(x.device):
         ds, dB = kernels.launch_expand_bwd(
@@ -100,7 +106,17 @@ def _linear_bwd(
         if ds is not None:
             dropout, dx_rows = kernels.Dropout.of(dropout_p, seed), None if dx is None else rows_of(dx)
             ds = kernels.launch_sum_partials(ds)
-            dA = kernels.launch_shrink_bwd(x_rows, ds, bank, indices_A, weights_A, dropout, dx_rows, need_dA=need_dA)
+            dA = kernels.launch_shrink_bwd(
+                x_rows,
+                ds,
+                bank,
+                indices_A,
+                weights_A,
+                dropout,
+                dx_rows,
+                need_dA=need_dA,
+                add_to_dx=others_dx is not None,
+            )
         grads = kernels.launch_parameter_grads(
             dA,
             dB,

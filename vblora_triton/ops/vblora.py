@@ -8,6 +8,7 @@ from vblora_triton.ops import checks
 from vblora_triton.ops.dispatch import Choice, choose, choose_linear, remembered, vblora_sizes
 from vblora_triton.ops.modes import no_autocast
 from vblora_triton.ops.reference import FrozenLinear, Selection
+from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "auto") -> Tensor:
@@ -83,8 +84,13 @@ def vblora_linear(
     """
     chosen = _settle_linear(x, base, logits_A, logits_B, vector_bank, topk, dropout_p, training, backend)
     base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
+    alias = newest_alias(x) if chosen.may_hand_on else None
     with no_autocast(x.device.type):
-        return chosen.run(x, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x))
+        if alias is None:
+            return chosen.run(x, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x))
+        y, handed_on = chosen.run(alias, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x), HANDS_ON)
+    hand_on(handed_on)
+    return y
 
 
 @remembered

@@ -10,6 +10,7 @@ from vblora_triton.ops import checks, triton_vera
 from vblora_triton.ops.dispatch import Choice, choose_linear, remembered, vera_sizes
 from vblora_triton.ops.modes import no_autocast
 from vblora_triton.ops.reference import FrozenLinear
+from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 
 
 class ProjectedInput(NamedTuple):
@@ -108,8 +109,13 @@ def vera_linear(
             with torch.no_grad():
                 projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
         rest = (*projected, *rest)
+    alias = newest_alias(x) if chosen.may_hand_on else None
     with no_autocast(x.device.type):
-        return chosen.run(x, base, lambda_b, lambda_d, A, B, *rest)
+        if alias is None:
+            return chosen.run(x, base, lambda_b, lambda_d, A, B, *rest)
+        y, handed_on = chosen.run(alias, base, lambda_b, lambda_d, A, B, *rest, HANDS_ON)
+    hand_on(handed_on)
+    return y
 
 
 @remembered
