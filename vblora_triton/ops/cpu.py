@@ -71,7 +71,7 @@ def _add(x: Tensor, base: Tensor | FrozenLinear | None, update: Tensor) -> Tenso
     """base + update, (M, out), rounded once to the dtype of base, in x's shape; or the update, in that of x."""
     shape = (*x.shape[:-1], update.shape[1])
     if isinstance(base, FrozenLinear):
-        y = F.linear(x.reshape(-1, x.shape[-1]), *base)
+        y = product(x.reshape(-1, x.shape[-1]), *base)
         return _shaped(y.add_(update), shape, y.dtype)
     if base is None:
         return _shaped(update, shape, x.dtype)
@@ -97,15 +97,9 @@ def _input_grad(
     Args:
         others: the dx of layers that read the same x (`shared_input`), which is written to.
     """
-    if others is not None:
-        others = writable(others)
-        rows = others.view(dx.shape).add_(dx)
-        if weight is not None:
-            rows.addmm_(dy.reshape(-1, dy.shape[-1]), weight)
-        return others
     if weight is not None:
-        dx = (dy.reshape(-1, dy.shape[-1]) @ weight).add_(dx)
-    return _shaped(dx, x_shape, x_dtype)
+        dx = product(dy.reshape(-1, dy.shape[-1]), weight.T).add_(dx)
+    return _shaped(dx, x_shape, x_dtype) if others is None else writable(others).add_(dx.view(x_shape))
 
 
 def vblora_linear(
@@ -290,20 +284,21 @@ class _VeraLinear(torch.autograd.Function):
         return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left right^T, without gradients.
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left right^T + bias, without gradients.
 
     Args:
         left: (M, K).
         right: (N, K), in the dtype of left.
+        bias: (N), likewise.
     Returns:
         (M, N), contiguous.
     """
     if not _suits_onednn(left, right):
-        return left @ right.T
+        return F.linear(left, right, bias)
     if not _is_dense(right):
         right = right.contiguous()
-    return _onednn(left, right, None, "none", [], "")  # type: ignore[misc]
+    return _onednn(left, right, bias, "none", [], "")  # type: ignore[misc]
 
 
 def _suits_onednn(left: Tensor, right: Tensor) -> bool:
