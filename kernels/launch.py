@@ -30,15 +30,14 @@ def _run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     if not _is_direct or _is_watched(kernel):
         kernel[grid](**arguments)
         return
-    known = _parameters.get(kernel.fn)
-    take, pointers = _note(kernel) if known is None else known
+    take, pointers = _parameters.get(kernel.fn) or _note(kernel)
     values = take(arguments)
     tensors, numbers = values[:pointers], values[pointers:]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    dtypes = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-    key = (kernel.fn, device, numbers, *map(arguments.get, OPTIONS), *dtypes)
+    dtypes, alignments = [t if t is None else t.dtype for t in tensors], [a and a % 16 for a in addresses]
+    key = (kernel.fn, device, numbers, *map(arguments.get, OPTIONS), *dtypes, *alignments)
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = kernel[grid](**arguments)
@@ -58,8 +57,9 @@ def _run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
 
 def _note(kernel: Any) -> tuple[Callable[[dict[str, Any]], tuple[Any, ...]], int]:
     names = kernel.arg_names
-    # Pointers come first.
-    found = _parameters[kernel.fn] = itemgetter(*names), sum(name.endswith("_ptr") for name in names)
+    # They come first in every kernel.
+    pointers = sum(name.endswith("_ptr") for name in names)
+    found = _parameters[kernel.fn] = itemgetter(*names), pointers
     return found
 
 

@@ -1,5 +1,6 @@
 """Launching at once what Triton compiled before: the same as by Triton, and by Triton wherever somebody looks on."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from vblora_triton.kernels import compose, expand, parameters, partials, scaled_matmul, select, shrink, vera
 
 ROOT = Path(__file__).parents[2]
 CASES = ("plain", "other addresses", "divisible by 16", "one", "other dtype", "no x", "x at 4 bytes", "y at 4 bytes")
@@ -59,3 +62,13 @@ def test_triton_launches_where_somebody_looks_on(launched):
     assert launched["before the run"] == [1, 7]
     assert launched["debug"] == 1
     assert launched["after"] == 0
+
+
+def test_pointers_are_the_first_parameters_of_every_kernel():
+    modules = (compose, expand, parameters, partials, scaled_matmul, select, shrink, vera)
+    kernels = {name: value for m in modules for name, value in vars(m).items() if name.endswith("_kernel")}
+    assert len(kernels) >= 11
+    for name, kernel in kernels.items():
+        are_pointers = [parameter.endswith("_ptr") for parameter in inspect.signature(kernel.fn).parameters]
+        assert are_pointers == sorted(are_pointers, reverse=True), name
+        assert 1 < sum(are_pointers) < len(are_pointers)
