@@ -53,11 +53,11 @@ def step(function, model, ids):
 
 
 def assert_alike(a, b):
-    """The same results to the bit; gradients as exact, for that of an input is added up in another order."""
+    """Of float32: the same results to the bit, and gradients but for the order in which those of an input add up."""
     assert torch.equal(a[1], b[1])
     assert a[2].keys() == b[2].keys()
     for name in a[2]:
-        assert relative_error(a[2][name], b[2][name]) < 0.01, name
+        assert relative_error(a[2][name], b[2][name]) < 1e-4, name
 
 
 def exact_gradients(model, ids):
@@ -77,14 +77,14 @@ def test_q_k_v_and_gate_up_project_once_with_the_same_results(checkpointing):
     layers = model.config.num_hidden_layers
     assert (shared[0], alone[0]) == (4 * layers, 7 * layers)
     assert len(shared[2]) == 14 * layers
-    assert_alike(shared, alone)
+    assert torch.equal(shared[1], alone[1])
     exact = exact_gradients(model, ids)
     errors = [[relative_error(found[2][name], truth) for name, truth in exact.items()] for found in (shared, alone)]
     assert sum(errors[0]) < 1.1 * sum(errors[1])
 
 
 def test_nothing_is_shared_between_steps():
-    model = adapted()
+    model = adapted(dtype=torch.float32)
     for seed in range(3):
         assert_alike(step(model, model, tokens(seed)), step(model.base_model.model, model, tokens(seed)))
         assert shared_input._shared.get() is None
@@ -130,7 +130,12 @@ def test_dropout_is_not_shared():
     with_dropout = step(model, model, ids)
     assert with_dropout[0] == 7 * layers
     torch.manual_seed(1)
-    assert_alike(with_dropout, step(model.base_model.model, model, ids))
+    assert torch.equal(with_dropout[1], step(model.base_model.model, model, ids)[1])
+    exact, found = adapted(dtype=torch.float32, vera_dropout=0.3), []
+    for function in (exact, exact.base_model.model):
+        torch.manual_seed(1)
+        found.append(step(function, exact, ids))
+    assert_alike(*found)
     assert step(model.eval(), model, ids)[0] == 4 * layers
 
 
