@@ -23,7 +23,7 @@ help:
 	@echo "make report  put what bench/results/ holds into the README"
 	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
 	@echo "make forecast   forecast the time of every kernel on a Hopper GPU, without one (FORECAST=options)"
-	@echo "make host    time of Python per adapted linear, launches left out, beside PEFT's"
+	@echo "make host    time of Python per adapted linear, the driver left out, beside PEFT's"
 	@echo "make peft-suite   PEFT's own tests of VB-LoRA and VeRA, with its layers and patched; fetches them with pip"
 	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"

@@ -106,7 +106,7 @@ def launch_compose_fwd(vector_bank: Tensor, indices: Tensor, weights: Tensor, ou
     config = tuning.compose(vector_length)
     launch(
         _compose_fwd_kernel,
-        (triton.cdiv(rows, config["BLOCK_ROWS"]), triton.cdiv(vector_length, config["BLOCK_C"])),
+        (tuning.cdiv(rows, config["BLOCK_ROWS"]), tuning.cdiv(vector_length, config["BLOCK_C"])),
         Bank_ptr=vector_bank,
         Idx_ptr=indices,
         W_ptr=weights,

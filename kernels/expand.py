@@ -182,7 +182,7 @@ def launch_expand_fwd(
     config = tuning.expand_fwd(M, N, y.dtype, r)
     launch(
         _expand_fwd_kernel,
-        (triton.cdiv(N, config["BLOCK_N"]), config.pop("PARTIALS")),
+        (tuning.cdiv(N, config["BLOCK_N"]), config.pop("PARTIALS")),
         S_ptr=s,
         Base_ptr=base,
         Bias_ptr=bias,
@@ -232,9 +232,9 @@ def launch_expand_bwd(
     M, N = dy.shape
     r = s.shape[1]
     config = tuning.two_products(M, N, dy.dtype, r)
-    chunks, blocks = config.pop("PARTIALS"), triton.cdiv(N, config["BLOCK_C"])
+    chunks, blocks = config.pop("PARTIALS"), tuning.cdiv(N, config["BLOCK_C"])
     blocks_n = tuning.blocks_each(blocks, r)
-    partials = triton.cdiv(blocks, blocks_n)
+    partials = tuning.cdiv(blocks, blocks_n)
     ds = torch.empty((partials, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
     dB = torch.empty((chunks, r, N), dtype=torch.float32, device=dy.device) if need_dB else None
     launch(

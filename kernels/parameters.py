@@ -290,7 +290,7 @@ def launch_parameter_grads(
     dlogits_A = torch.empty(logits_shapes[0], dtype=logits_dtypes[0], device=device) if need_logits_A else None
     dlogits_B = torch.empty(logits_shapes[1], dtype=logits_dtypes[1], device=device) if need_logits_B else None
     dbank = torch.empty_like(vector_bank) if need_bank else None
-    bank_tiles = triton.cdiv(H, config["BLOCK_V"]) * triton.cdiv(vector_length, config["BLOCK_C"])
+    bank_tiles = tuning.cdiv(H, config["BLOCK_V"]) * tuning.cdiv(vector_length, config["BLOCK_C"])
     # Where there is nothing to read or write no program does, but the kernel still wants a pointer.
     absent = weights_A
     launch(

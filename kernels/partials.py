@@ -60,7 +60,7 @@ def launch_sum_partials(partials: Tensor) -> Tensor:
     config = tuning.sum_partials(partials.shape[0])
     launch(
         _sum_partials_kernel,
-        (triton.cdiv(total.numel(), config["BLOCK"]),),
+        (tuning.cdiv(total.numel(), config["BLOCK"]),),
         V_ptr=partials,
         Out_ptr=total,
         numel=total.numel(),

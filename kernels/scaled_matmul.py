@@ -188,10 +188,12 @@ def launch_scaled_matmul(
     shares = out.shape[0] if out.dim() == 3 else 1
     in_partials = x.dim() == 3
     dropout = drop_x or drop_out or Dropout(None, 0, 1.0)
-    config = tuning.scaled_matmul(M, N, splits, in_partials=in_partials, drops=dropout.seed is not None)
+    config = tuning.scaled_matmul(
+        M, N, splits, in_partials=in_partials, drops=dropout.seed is not None, adds=base is not None
+    )
     launch(
         _scaled_matmul_kernel,
-        (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]), shares),
+        (tuning.cdiv(M, config["BLOCK_M"]) * tuning.cdiv(N, config["BLOCK_N"]), shares),
         X_ptr=x,
         W_ptr=w,
         Base_ptr=base,
@@ -215,7 +217,7 @@ def launch_scaled_matmul(
         drop_threshold=dropout.threshold,
         drop_scale=dropout.scale,
         INPUT_PRECISION=tuning.input_precision(),
-        DEPTH=triton.cdiv(triton.cdiv(K, shares), config["BLOCK_K"]) * config["BLOCK_K"],
+        DEPTH=tuning.cdiv(tuning.cdiv(K, shares), config["BLOCK_K"]) * config["BLOCK_K"],
         **splits,
         **config,
     )

@@ -1,6 +1,5 @@
 """Top-k selection: which bank vectors each row of logits picks, and with which weights."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -147,31 +146,30 @@ def _select_kernel(
 
 
 def launch_select(
-    logits_A: Tensor, logits_B: Tensor, topk: int, vector_bank: Tensor | None = None, A: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits_A: Tensor,
+    logits_B: Tensor,
+    selection: tuple[Tensor, Tensor, Tensor, Tensor],
+    vector_bank: Tensor | None = None,
+    A: Tensor | None = None,
+) -> None:
     """Select for the rows of both logits in one launch, and mix those of A where it is given.
 
     Args:
         logits_A, logits_B: (rows_A, num_vectors) and (rows_B, num_vectors), the last dimension contiguous.
-        topk: at most num_vectors.
+        selection: indices_A, weights_A, indices_B, weights_B: as many rows of topk, at most num_vectors, int32 and
+            fp32, contiguous; written, the largest logit of a row first.
         vector_bank: (num_vectors, vector_length), contiguous; where A is given.
         A: (terms, rows_A, vector_length), contiguous, written: of each mixture its bf16 terms (split.py), or in fp32
             the mixture.
-    Returns:
-        indices_A, weights_A, indices_B, weights_B: (rows, topk), int32 and fp32, the largest logit of a row first.
     """
-    rows_A, rows_B, H = logits_A.shape[0], logits_B.shape[0], logits_A.shape[1]
-    indices_A, weights_A, indices_B, weights_B = (
-        torch.empty((rows, topk), dtype=dtype, device=logits_A.device)
-        for rows in (rows_A, rows_B)
-        for dtype in (torch.int32, torch.float32)
-    )
+    (rows_A, H), rows_B, topk = logits_A.shape, logits_B.shape[0], selection[0].shape[-1]
+    indices_A, weights_A, indices_B, weights_B = selection
     splits, _, vector_length = (1, 0, 1) if A is None else A.shape
     config = tuning.select(H, topk, vector_length)
     rows = config["BLOCK_ROWS"]
     launch(
         _select_kernel,
-        (triton.cdiv(rows_A, rows) + triton.cdiv(rows_B, rows),),
+        (tuning.cdiv(rows_A, rows) + tuning.cdiv(rows_B, rows),),
         LogitsA_ptr=logits_A,
         LogitsB_ptr=logits_B,
         Bank_ptr=vector_bank,
@@ -190,4 +188,3 @@ def launch_select(
         SPLITS=splits,
         **config,
     )
-    return indices_A, weights_A, indices_B, weights_B

@@ -102,10 +102,12 @@ def _shrink_bwd_kernel(
     COPIES: tl.constexpr,
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ADD_TO_DX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx = ds A and dA = ds^T x, with the mask and the scale of dropout on x and dx; each where its pointer is given.
+    """dx = ds A, or dx += ds A, and dA = ds^T x, with the mask and the scale of dropout on x and ds A; each where its
+    pointer is given.
 
     Program (i, j) takes BLOCK_C columns of x (M, K) and blocks_each blocks of BLOCK_M rows. It mixes the columns of A
     (R, K) that they meet once, and streams x and ds (M, R) past them: it reads each element of x once, writes that of
@@ -146,6 +148,8 @@ def _shrink_bwd_kernel(
             if Seed_ptr is not None:
                 dx = drop((dx * drop_scale).to(DX_ptr.dtype.element_ty), keep)
             dx_ptrs = DX_ptr + offs_m[:, None] * K + offs_k[None, :]
+            if ADD_TO_DX:
+                dx += tl.load(dx_ptrs, mask=mask_mk, other=0.0).to(tl.float32)
             tl.store(dx_ptrs, dx.to(DX_ptr.dtype.element_ty), mask=mask_mk)
     if DA_ptr is not None:
         offs_r = tl.arange(0, R_PAD)
@@ -177,7 +181,7 @@ def launch_shrink_fwd(
     s = torch.empty((partials, M, r), dtype=torch.float32, device=x.device)
     launch(
         _shrink_fwd_kernel,
-        (triton.cdiv(M, config["BLOCK_M"]), partials),
+        (tuning.cdiv(M, config["BLOCK_M"]), partials),
         X_ptr=x,
         A_ptr=A,
         Bank_ptr=vector_bank,
@@ -213,6 +217,7 @@ def launch_shrink_bwd(
     dx: Tensor | None,
     *,
     need_dA: bool,
+    add_to_dx: bool = False,
 ) -> Tensor | None:
     """dx = dropout'(ds A) and dA = ds^T dropout(x), in one pass over x.
 
@@ -220,18 +225,18 @@ def launch_shrink_bwd(
         x: (M, K), any strides.
         ds: (M, r) fp32, contiguous.
         vector_bank, indices, weights, dropout: as in `launch_shrink_fwd`.
-        dx: (M, K) in x's dtype, contiguous, written; None where not needed.
+        dx: (M, K) in x's dtype, contiguous, written, or with `add_to_dx` added to; None where not needed.
     Returns:
         dA, (partials, r, K) fp32, to be added up in order; None where not needed.
     """
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
-    config = tuning.two_products(M, K, x.dtype, r, drops=dropout.seed is not None)
+    config = tuning.two_products(M, K, x.dtype, r, add_to_dx, dropout.seed is not None)
     partials = config.pop("PARTIALS")
     dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(
         _shrink_bwd_kernel,
-        (triton.cdiv(K, config["BLOCK_C"]), partials),
+        (tuning.cdiv(K, config["BLOCK_C"]), partials),
         X_ptr=x,
         DS_ptr=ds,
         Bank_ptr=vector_bank,
@@ -252,6 +257,7 @@ def launch_shrink_bwd(
         VECTOR=vector_length,
         TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
+        ADD_TO_DX=add_to_dx,
         **tuning.copies(x.dtype, r),
         **config,
     )

@@ -3,11 +3,20 @@
 A number here that was measured carries its measurement; the others are first choices by arithmetic.
 """
 
+from collections.abc import Callable
+from functools import lru_cache, wraps
+
 import torch
 
 # Programs that a launch over a large input should have: two for each multiprocessor of an H100 or H200 (132), so that
 # one computes while the other waits for memory.
 PROGRAMS = 264
+
+
+def remembered(choose: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+    """Decorate what chooses a launch's shape, for which every launch asks: it chooses once for the same arguments."""
+    chosen = lru_cache(maxsize=1024)(choose)
+    return wraps(choose)(lambda *sizes: dict(chosen(*sizes)))
 
 
 def power_of_2(n: int) -> int:
@@ -29,6 +38,7 @@ def _splits(dtype: torch.dtype, r: int) -> int:
     return 3 if r <= 8 else 2
 
 
+@remembered
 def copies(dtype: torch.dtype, r: int) -> dict[str, int]:
     """Columns in which an operand of rank r meets an activation of `dtype`: at least the 16 of a matrix instruction."""
     splits = _splits(dtype, r)
@@ -47,6 +57,7 @@ def input_precision() -> str:
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
 
 
+@remembered
 def select(H: int, topk: int, vector_length: int) -> dict[str, int]:
     block_h = power_of_2(H) if H <= 4096 else 2048
     return {
@@ -90,6 +101,7 @@ def _shares(size: int, block: int, programs: int) -> dict[str, int]:
     return {"blocks_each": each, "PARTIALS": cdiv(size, each * block)}
 
 
+@remembered
 def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """PARTIALS programs share the columns of one block of rows; each takes blocks_each blocks of them.
 
@@ -106,6 +118,7 @@ def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_K": block_k, **_shares(K, block_k, partials), **options}
 
 
+@remembered
 def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     """A program takes a block of columns of y and blocks_each blocks of rows."""
     rows, options, columns = tile(M, dtype, r)
@@ -115,15 +128,20 @@ def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
     return {"AHEAD": ahead, "BLOCK_M": rows, "BLOCK_N": columns, **_shares(M, rows, chunks), **options, "num_stages": 1}
 
 
-def two_products(M: int, C: int, dtype: torch.dtype, r: int, drops: bool = False) -> dict[str, int]:
+@remembered
+def two_products(M: int, C: int, dtype: torch.dtype, r: int, adds: bool = False, drops: bool = False) -> dict[str, int]:
     """Either pass of backward over an (M, C) activation: a program takes a block of columns and blocks_each of rows.
 
     Args:
+        adds: the pass also reads what it writes, and adds to it.
         drops: with dropout, which takes registers.
     """
     rows, options, columns = tile(M, dtype, r)
     if drops:
         options["num_stages"] = min(options["num_stages"], 2)
+    if adds:
+        # More spill on sm_80.
+        columns = min(columns, 64)
     if r > 32 and dtype != torch.float32:
         # Two accumulators of so many columns spill.
         columns = 32
@@ -139,6 +157,7 @@ def blocks_each(blocks: int, r: int) -> int:
     return max(1, min(blocks, r // 3))
 
 
+@remembered
 def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     """For a bank (H, vector_length); BLOCK_V vectors share a program, more of a large bank, of which few are picked.
 
@@ -157,11 +176,13 @@ def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
     }
 
 
+@remembered
 def sum_partials(partials: int) -> dict[str, int]:
     """All of up to 32 partials come from memory at once: the first, and AHEAD more."""
     return {"AHEAD": min(power_of_2(partials), 32) - 1, "BLOCK": 128, "num_warps": 4}
 
 
+@remembered
 def compose(vector_length: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 16, "BLOCK_C": min(128, max(16, power_of_2(vector_length))), "num_warps": 4}
 
@@ -205,7 +226,7 @@ def rank_splits(M: int, dtype: torch.dtype, all_fp32: bool) -> dict[str, int]:
 
 
 def scaled_matmul(
-    M: int, N: int, splits: dict[str, int], in_partials: bool = False, drops: bool = False
+    M: int, N: int, splits: dict[str, int], in_partials: bool = False, drops: bool = False, adds: bool = False
 ) -> dict[str, int]:
     """Tile of the result of a scaled product, and how deep one step is.
 
@@ -214,6 +235,7 @@ def scaled_matmul(
     Args:
         in_partials: X is added up from partials.
         drops: dropout of X or of the result.
+        adds: a base is added to the result.
     """
     rows, columns, depth, warps = 64, 64, 32, 4
     if splits["X_SPLITS"] == 0:
@@ -223,6 +245,8 @@ def scaled_matmul(
         depth = 64 if splits["W_SPLITS"] == 1 and not in_partials else 32
     elif in_partials:
         warps = 8
+    if drops and adds:
+        columns = min(columns, 32)
     if M <= FEW_ROWS:
         rows, warps = 16, 4
     columns = max(16, min(columns, power_of_2(N)))
@@ -238,10 +262,12 @@ def matmul_partials(M: int, N: int, K: int, splits: dict[str, int]) -> int:
     return cdiv(K, depth)
 
 
+@remembered
 def pack_rows(r: int) -> dict[str, int]:
     r_pad = power_of_2(r)
     return {"R_PAD": r_pad, "BLOCK_M": max(1, 2048 // r_pad), "num_warps": 4}
 
 
+@remembered
 def sum_scale_grads() -> dict[str, int]:
     return {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4}

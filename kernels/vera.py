@@ -176,7 +176,7 @@ def launch_project(x: Tensor, A: Tensor, dropout: Dropout, *, all_fp32: bool) ->
     config = tuning.pack_rows(r)
     launch(
         _pack_rows_kernel,
-        (triton.cdiv(M, config["BLOCK_M"]),),
+        (tuning.cdiv(M, config["BLOCK_M"]),),
         V_ptr=partials,
         Packed_ptr=projected.values,
         Scale_ptr=projected.scale,
@@ -234,20 +234,22 @@ def launch_input_grad(
     dx: Tensor,
     *,
     all_fp32: bool,
+    add_to_dx: bool = False,
 ) -> None:
-    """dx = dropout'((((dy lambda_b) B) lambda_d) A).
+    """dx = dropout'((((dy lambda_b) B) lambda_d) A), or dx += that.
 
     Args:
         dy: (M, N), any strides.
         A, B: (r, K) and (N, r), any strides.
-        dx: (M, K), contiguous, written.
+        dx: (M, K), contiguous, written, or with `add_to_dx` added to.
     """
     (M, N), r = dy.shape, A.shape[0]
     splits = tuning.activation_splits(dy.dtype, all_fp32)
     partials = torch.empty((tuning.matmul_partials(M, r, N, splits), M, r), dtype=torch.float32, device=dy.device)
     launch_scaled_matmul(dy, B, partials, splits, k_scale=lambda_b, n_scale=lambda_d)
     dp = partials if partials.shape[0] > 1 else partials[0]
-    launch_scaled_matmul(dp, A, dx, tuning.rank_splits(M, dx.dtype, all_fp32), drop_out=dropout)
+    splits = tuning.rank_splits(M, dx.dtype, all_fp32)
+    launch_scaled_matmul(dp, A, dx, splits, base=dx if add_to_dx else None, drop_out=dropout)
 
 
 def launch_scale_grads(
@@ -263,7 +265,7 @@ def launch_scale_grads(
     (M, N), r = dy.shape, B.shape[1]
     splits = tuning.activation_splits(dy.dtype, all_fp32)
     config = tuning.scaled_matmul(N, r, splits)
-    blocks_n, blocks_r = triton.cdiv(N, config["BLOCK_M"]), triton.cdiv(r, config["BLOCK_N"])
+    blocks_n, blocks_r = tuning.cdiv(N, config["BLOCK_M"]), tuning.cdiv(r, config["BLOCK_N"])
     chunks = tuning.matmul_partials(N, r, M, splits)
     partials_b = torch.empty((chunks * blocks_r, N), dtype=torch.float32, device=dy.device)
     partials_d = torch.empty((chunks * blocks_n, r), dtype=torch.float32, device=dy.device)
@@ -286,7 +288,7 @@ def launch_scale_grads(
         stride_bn=B.stride(0),
         stride_br=B.stride(1),
         INPUT_PRECISION=tuning.input_precision(),
-        DEPTH=triton.cdiv(triton.cdiv(M, chunks), config["BLOCK_K"]) * config["BLOCK_K"],
+        DEPTH=tuning.cdiv(tuning.cdiv(M, chunks), config["BLOCK_K"]) * config["BLOCK_K"],
         **splits,
         **config,
     )
@@ -294,7 +296,7 @@ def launch_scale_grads(
     config = tuning.sum_scale_grads()
     launch(
         _sum_scale_grads_kernel,
-        (triton.cdiv(N, config["BLOCK_C"]) + triton.cdiv(r, config["BLOCK_C"]),),
+        (tuning.cdiv(N, config["BLOCK_C"]) + tuning.cdiv(r, config["BLOCK_C"]),),
         PartialsB_ptr=partials_b,
         PartialsD_ptr=partials_d,
         DB_ptr=d_lambda_b,

@@ -7,7 +7,7 @@ that it would run with, which may be tensors on the meta device.
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,11 @@ class Compiled:
 
 
 class _AbsentGPU:
-    """What triton asks of the active driver before it has to load anything."""
+    """What triton asks of the active driver before it has to load anything; and to load and launch, for `launching`."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
+    def __init__(self, target: GPUTarget, launcher: Callable[..., None] | None = None) -> None:
+        self._target, self._launcher, self._loaded = target, launcher, 0
+        self.utils = self
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -62,6 +63,17 @@ class _AbsentGPU:
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_LIMIT[next(name for name, chip in TARGETS.items() if chip == self._target)]}
+
+    def load_binary(self, name: str, binary: Any, shared: int, device: Any) -> tuple[Any, ...]:
+        """The module, the function, here a number of its own, registers, spills and the most threads of a program."""
+        self._loaded += 1
+        return name, self._loaded, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return self._launcher
 
 
 # Everything compiled so far, by triton's own hash of source, target and compile-time arguments.
@@ -92,6 +104,21 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
             yield compiled
     finally:
         # As before the first use: the next one looks for a real GPU.
+        driver._active = None
+
+
+@contextmanager
+def launching(target: str, launcher: Callable[..., None]) -> Iterator[Any]:
+    """Compile for `target` what is launched inside the context, on any tensors, and launch it by `launcher`.
+
+    Yield the driver. The launcher gets what the one of a chip gets: the grid's three sizes, the stream, the function,
+    its metadata, that of the launch, the two hooks, and the values of all parameters of the kernel.
+    """
+    driver = triton.runtime.driver
+    driver.set_active(_AbsentGPU(TARGETS[target], launcher))
+    try:
+        yield driver.active
+    finally:
         driver._active = None
 
 

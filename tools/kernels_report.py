@@ -22,12 +22,13 @@ class Passes(NamedTuple):
     """Both passes of one adapted linear on meta tensors.
 
     given: what the passes are given beside a base, x first. forward: given the base's result, or None where its product
-    is added afterwards; what `backward` wants of it, y first.
+    is added afterwards; what `backward` wants of it, y first. backward: given that, and the dx of other layers that
+    read the same x, if there are some.
     """
 
     given: tuple[torch.Tensor, ...]
     forward: Callable[[torch.Tensor | None], tuple[torch.Tensor, ...]]
-    backward: Callable[[tuple[torch.Tensor, ...]], list[torch.Tensor]]
+    backward: Callable[..., list[torch.Tensor]]
 
 
 def vblora_passes(
@@ -41,9 +42,9 @@ def vblora_passes(
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
     linear = triton_vblora.linear
 
-    def backward(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    def backward(found: tuple[torch.Tensor, ...], *dx: torch.Tensor) -> list[torch.Tensor]:
         dy, *saved = found
-        return linear.bwd.unobserved(dy, x, *saved, bank, logits_A.dtype, logits_B.dtype, p, seed, [True] * 4)
+        return linear.bwd.unobserved(dy, x, *saved, bank, seed, p, logits_A.dtype, logits_B.dtype, [True] * 4, *dx)
 
     return Passes(
         (x, logits_A, logits_B, bank),
@@ -64,9 +65,9 @@ def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: 
         projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
         return *linear.fwd.unobserved(x, base, *frozen, *projected, p, seed), *projected
 
-    def backward(found: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    def backward(found: tuple[torch.Tensor, ...], *dx: torch.Tensor) -> list[torch.Tensor]:
         dy, *projected = found
-        return linear.bwd.unobserved(dy, *frozen, *projected, list(x.shape), dtype, p, seed, [True] * 3)
+        return linear.bwd.unobserved(dy, *frozen, *projected, seed, p, list(x.shape), dtype, [True] * 3, *dx)
 
     return Passes((x, *frozen), forward, backward)
 
@@ -86,6 +87,7 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
     triton_vblora.linear_selected.fwd.unobserved(x, None, *found[2:], bank, p, seed)
     passes.backward(found)
+    passes.backward(found, torch.empty_like(x))
     triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
 
 
@@ -95,6 +97,7 @@ def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, **sizes: Any):
     for base in bases(M, N, dtype):
         found = passes.forward(base)
     passes.backward(found)
+    passes.backward(found, torch.empty_like(passes.given[0]))
 
 
 # Sizes that are 1, where triton specialises the argument away, and sizes that divide nothing.

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.ops.linear_case import LinearCase
+from tests.ops.vera_case import VeraCase
 from tests.tolerance import assert_as_exact_as_eager
+from vblora_triton import ops
 from vblora_triton.ops import cpu
 
 ONEDNN = cpu.onednn() is not None
@@ -73,3 +76,26 @@ def test_who_looks_on_or_has_switched_onednn_off_sees_torchs_own_product(operand
     with torch.backends.mkldnn.flags(enabled=False):
         cpu.product(a, b)
     assert operands == []
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["vblora", "vera"])
+def test_the_base_is_multiplied_likewise_in_both_passes(method, bias, operands):
+    case = {"vblora": LinearCase, "vera": VeraCase}[method](M=150, K=192, N=240, base=False)
+    tensors = {name: t.detach().cpu() for name, t in case.tensors().items()}
+    x, dy = tensors.pop("x").requires_grad_(), tensors.pop("dy")
+    weight, offset = matrix(240, 192, "contiguous"), torch.linspace(-1, 1, 240) if bias else None
+    rest = (*tensors.values(), case.k) if method == "vblora" else tensors.values()
+    function = getattr(ops, f"{method}_linear")
+    y = function(x, ops.FrozenLinear(weight, offset), *rest, backend="cpu")
+    (dx,) = torch.autograd.grad(y, x, dy)
+    shapes = [(left.shape, right.shape) for left, right in operands]
+    assert (((150, 192), (240, 192)) in shapes) == ONEDNN
+    assert (((150, 240), (192, 240)) in shapes) == ONEDNN
+    exact = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
+    wide = x.detach().double().requires_grad_()
+    base = torch.nn.functional.linear(wide, weight.double(), None if offset is None else offset.double())
+    truth = function(wide, base, *exact, backend="reference")
+    torch.testing.assert_close(y, truth.float(), rtol=1e-4, atol=1e-4)
+    (truth_dx,) = torch.autograd.grad(truth, wide, dy.double())
+    torch.testing.assert_close(dx, truth_dx.float(), rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ base's product where they are added to it.
 import platform
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from vblora_triton.ops import modes, reference
 from vblora_triton.ops.reference import FrozenLinear
 from vblora_triton.ops.register import first_derivative_only
+from vblora_triton.ops.shared_input import HANDS_ON, writable
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -105,6 +107,13 @@ def _add_product(x: Tensor, base: Tensor | FrozenLinear | None, s: Tensor, B_t: 
     return _shaped(y, (*x.shape[:-1], y.shape[1]), y.dtype)
 
 
+def _handed_on(ctx: Any, y: Tensor, x: Tensor, hands_on: object) -> Any:
+    if hands_on is not HANDS_ON:
+        return y
+    ctx.set_materialize_grads(False)
+    return y, x.detach()
+
+
 def _weight(base: Tensor | FrozenLinear | None) -> Tensor | None:
     return base.weight if isinstance(base, FrozenLinear) else None
 
@@ -112,6 +121,11 @@ def _weight(base: Tensor | FrozenLinear | None) -> Tensor | None:
 def _base_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
     """dx, (M, in), of the base layer, whose product is ours."""
     return product(dy.reshape(-1, dy.shape[-1]), weight.T)
+
+
+def _with_others(dx: Tensor, x_shape: torch.Size, x_dtype: torch.dtype, others: Tensor | None) -> Tensor:
+    """dx, (M, in), in x's shape and dtype; added in place to that of layers that read the same x (`shared_input`)."""
+    return _shaped(dx, x_shape, x_dtype) if others is None else writable(others).add_(dx.view(x_shape))
 
 
 def vblora_linear(
@@ -122,10 +136,11 @@ def vblora_linear(
     vector_bank: Tensor,
     topk: int,
     dropout_p: float = 0.0,
-) -> Tensor:
-    """`reference.vblora_linear` without dropout."""
+    hands_on: object = None,
+) -> Any:
+    """`reference.vblora_linear` without dropout; with HANDS_ON also an alias of x."""
     if torch.is_grad_enabled():
-        return _VBLoRALinear.apply(x, base, logits_A, logits_B, vector_bank, topk)
+        return _VBLoRALinear.apply(x, base, logits_A, logits_B, vector_bank, topk, hands_on)
     vectors = _mixed(*select(_as_rows(logits_A, logits_B), topk), vector_bank)
     return _updated(x, base, vectors, logits_A.shape)[0]
 
@@ -181,17 +196,19 @@ class _VBLoRALinear(torch.autograd.Function):
     # What is done to rows of A is done to those of B^T at once: on a CPU it is the number of small steps that costs.
 
     @staticmethod
-    def forward(ctx, x, base, logits_A, logits_B, vector_bank, topk):
+    def forward(ctx, x, base, logits_A, logits_B, vector_bank, topk, hands_on):
         indices, weights = select(_as_rows(logits_A, logits_B), topk)
         vectors = _mixed(indices, weights, vector_bank)
         y, s = _updated(x, base, vectors, logits_A.shape)
         ctx.save_for_backward(x, s, indices, weights, vectors, vector_bank, _weight(base))
         ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
-        return y
+        return _handed_on(ctx, y, x, hands_on)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, dy):
+    def backward(ctx, dy, others=None):
+        if dy is None:
+            return others, *[None] * 6
         x, s, indices, weights, vectors, bank, weight = ctx.saved_tensors
         need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
         (shape_A, dtype_A), (shape_B, dtype_B) = ctx.like
@@ -201,13 +218,12 @@ class _VBLoRALinear(torch.autograd.Function):
         dx = d_logits_A = d_logits_B = d_bank = None
         if need_x:
             wide_A = A.to(s.dtype)
-            if weight is None:
-                dx = ds @ wide_A
-            elif dy.dtype == s.dtype:
+            if weight is not None and dy.dtype == s.dtype:
                 dx = _base_input_grad(dy, weight).addmm_(ds, wide_A)
             else:
-                dx = _base_input_grad(dy, weight).add_(ds @ wide_A)
-            dx = _shaped(dx, x.shape, x.dtype)
+                dx = ds @ wide_A
+                dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
+            dx = _with_others(dx, x.shape, x.dtype, others)
         if need_A or need_B or need_bank:
             dA = ds.T @ x.reshape(-1, x.shape[-1]).to(s.dtype)
             dB = (s.T @ dy_rows).view(shape_A[0], -1, bank.shape[1]).transpose(0, 1)
@@ -217,7 +233,7 @@ class _VBLoRALinear(torch.autograd.Function):
             (indices_A, indices_B), (of_A, of_B) = indices.split(rows), d_selected.split(rows)
             d_logits_A = _scattered(indices_A, of_A.to(dtype_A), shape_A) if need_A else None
             d_logits_B = _scattered(indices_B, of_B.to(dtype_B), shape_B) if need_B else None
-        return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank, None
+        return dx, dy if need_base else None, d_logits_A, d_logits_B, d_bank, None, None
 
 
 def _scattered(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
@@ -258,27 +274,31 @@ def vera_linear(
     A: Tensor,
     B: Tensor,
     dropout_p: float = 0.0,
-) -> Tensor:
-    """`reference.vera_linear` without dropout."""
-    return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B)
+    hands_on: object = None,
+) -> Any:
+    """`reference.vera_linear` without dropout; with HANDS_ON also an alias of x."""
+    return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B, hands_on)
 
 
 class _VeraLinear(torch.autograd.Function):
     linear_in = 2
 
     @staticmethod
-    def forward(ctx, x, base, lambda_b, lambda_d, A, B):
+    def forward(ctx, x, base, lambda_b, lambda_d, A, B, hands_on):
         dtype = widest(x, A, lambda_d)
         wide_A, wide_B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
         p = product(x.reshape(-1, x.shape[-1]).to(dtype), wide_A)
         ctx.save_for_backward(p, lambda_b, lambda_d, A, B, _weight(base))
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         q = product(p * lambda_d, wide_B)
-        return _add(x, base, q.mul_(lambda_b) if q.dtype == widest(q, lambda_b) else lambda_b * q)
+        y = _add(x, base, q.mul_(lambda_b) if q.dtype == widest(q, lambda_b) else lambda_b * q)
+        return _handed_on(ctx, y, x, hands_on)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, dy):
+    def backward(ctx, dy, others=None):
+        if dy is None:
+            return others, *[None] * 6
         p, lambda_b, lambda_d, A, B, weight = ctx.saved_tensors
         need_x, need_base, need_b, need_d = ctx.needs_input_grad[:4]
         A, B = A[:, : ctx.x_shape[-1]].to(p.dtype), B[: lambda_b.shape[0]].to(p.dtype)
@@ -293,8 +313,8 @@ class _VeraLinear(torch.autograd.Function):
             du = product(dy_rows, (lambda_b.to(p.dtype)[:, None] * B).T)
             dx = product(du.mul_(lambda_d), A.T)
             dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
-            dx = _shaped(dx, ctx.x_shape, ctx.x_dtype)
-        return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None
+            dx = _with_others(dx, ctx.x_shape, ctx.x_dtype, others)
+        return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

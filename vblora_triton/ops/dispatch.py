@@ -7,11 +7,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vblora_triton.ops import cpu, modes, reference, triton_vblora, triton_vera
@@ -122,36 +122,98 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"`backend` is {backend!r}; the backends are {names}.")
 
 
-def settle_base(x: Tensor, base: Tensor | FrozenLinear | None, *others: Tensor) -> Tensor | FrozenLinear | None:
-    """Return the base as it goes to a backend: a FrozenLinear where the op may compute its product, else its result.
+def owns_base(x: Tensor, base: Tensor | FrozenLinear | None, *others: Tensor) -> bool:
+    """Say whether the base goes to a backend as a FrozenLinear: the op may compute its product.
 
-    The op may where the result has x's dtype, the layer has no gradient, and nobody observes.
+    It may where the result has x's dtype, the layer has no gradient, and nobody observes.
 
     Args:
         others: the op's other tensors.
     """
     if not isinstance(base, FrozenLinear):
-        return base
+        return False
     weight, bias = base
-    own = (
+    return (
         x.dtype == weight.dtype == (x.dtype if bias is None else bias.dtype)
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and modes.is_plain(x, weight, bias, *others)
         and not modes.is_autocast(x.device.type)
     )
-    return base if own else F.linear(x, weight, bias)
 
 
 class Choice(NamedTuple):
     """What computes a call.
 
-    run: takes the op's tensors, and then `dropout`.
-    dropout: the probability and, for Triton, the seed.
+    run: takes the op's tensors, and then `dropout(x)`.
+    dropout_p: the probability in force.
+    calls_base: the base is a FrozenLinear, and its product is to be computed before.
+    may_hand_on: `run` takes HANDS_ON after that, and x has a gradient that it may be of use for (`shared_input`).
     """
 
     backend: str
     run: Callable[..., Any]
-    dropout: tuple[Any, ...]
+    dropout_p: float = 0.0
+    calls_base: bool = False
+    may_hand_on: bool = False
+
+    def dropout(self, x: Tensor) -> tuple[Any, ...]:
+        """The probability and, for Triton, the seed."""
+        if self.backend != "triton":
+            return (self.dropout_p,)
+        # A tensor, and from torch's generator: torch.manual_seed, checkpointing and graph capture reproduce it.
+        seed = torch.randint(2**63 - 1, (1,), device=x.device) if self.dropout_p > 0 else None
+        return self.dropout_p, seed
+
+
+# As many calls that differ are remembered of each op; then it starts anew.
+MOST_REMEMBERED = 4096
+
+
+def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
+    """Decorate what checks the arguments of an op and chooses what computes it: once for all arguments that are alike.
+
+    settle(*arguments) may ask dtype, device, shape and need of a gradient of a tensor, whether gradients are recorded,
+    whether autocast is on for the first one's device, and what `use_backend` said; and may raise. Where somebody
+    observes nothing is remembered.
+    """
+    known: dict[Any, Choice] = {}
+
+    @wraps(settle)
+    def settled(*arguments: Any) -> Choice:
+        key = _likeness(arguments)
+        found = None if key is None else known.get(key)
+        if found is None:
+            found = settle(*arguments)
+            if key is not None:
+                if len(known) >= MOST_REMEMBERED:
+                    known.clear()
+                known[key] = found
+        if _ran is not None and not torch.compiler.is_compiling():
+            _ran.add(found.backend)
+        return found
+
+    return settled
+
+
+def _likeness(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What decides a call, of ordinary tensors and where nobody observes; else None."""
+    x, base = arguments[:2]
+    found: list[Any] = [_default_backend, torch.is_grad_enabled()]
+    for argument in arguments if type(base) is not FrozenLinear else (*base, *arguments):
+        kind = type(argument)
+        if kind is Tensor or kind is nn.Parameter:
+            found += argument.dtype, argument.device, argument.shape, argument.requires_grad
+        elif kind is FrozenLinear:
+            found.append(kind)
+        elif argument is None or kind in (int, float, str, bool):
+            # True is 1, and is not taken for it.
+            found += kind, argument
+        else:
+            return None
+    if not isinstance(x, Tensor) or modes.is_observed():
+        return None
+    found.append(modes.is_autocast(x.device.type))
+    return tuple(found)
 
 
 def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tensor | FrozenLinear | None) -> Choice:
@@ -180,16 +242,20 @@ def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tens
             raise error(
                 f"backend {backend!r} cannot run here: {reason}. Use backend='reference', or 'auto' to have it chosen."
             )
-    if _ran is not None and not torch.compiler.is_compiling():
-        _ran.add(backend)
     found = BACKENDS[backend][op]
-    run = found.on(*given) if isinstance(found, Operator) else found
-    return Choice(backend, run, (dropout_p, dropout_seed(dropout_p, given[0])) if backend == "triton" else (dropout_p,))
+    return Choice(backend, found.on(*given) if isinstance(found, Operator) else found, dropout_p)
 
 
-def dropout_seed(p: float, x: Tensor) -> Tensor | None:
-    """A tensor, and from torch's generator: torch.manual_seed, checkpointing and graph capture reproduce it."""
-    return torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 else None
+def choose_linear(
+    op: str, backend: str, sizes: Sizes, dropout_p: float, x: Tensor, base: Any, *others: Tensor
+) -> Choice:
+    """`choose`, and whether the op may compute the base's product, and hand x on."""
+    owns = owns_base(x, base, *others)
+    calls = isinstance(base, FrozenLinear) and not owns
+    chosen = choose(op, backend, sizes, dropout_p, x, *((base,) if owns or not calls else base), *others)
+    hands_on = chosen.backend == "cpu" or chosen.run is getattr(BACKENDS[chosen.backend][op], "unobserved", None)
+    has_gradient = torch.is_grad_enabled() and x.requires_grad and op != "vblora_linear_selected"
+    return chosen._replace(calls_base=calls, may_hand_on=hands_on and has_gradient)
 
 
 def _why_not(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from vblora_triton.ops import modes
 from vblora_triton.ops.reference import FrozenLinear
+from vblora_triton.ops.shared_input import HANDS_ON, writable
 
 _library = torch.library.Library("vblora_triton", "DEF")
 
@@ -50,8 +51,10 @@ class Differentiable(Operator):
         allocate: (*arguments) -> room for y.
         forward: (y, *arguments) -> results, having written y.
         fake: (y, *arguments) -> results without values.
-        saved: (results, *arguments) -> the arguments of `backward` between dy and `needs`.
-        backward: the operator (dy, *saved, needs) -> those of the gradients that `needs` asks for.
+        saved: (results, *arguments) -> what `backward` takes between dy and `needs`: tensors, or None, and then others.
+        backward: the operator (dy, *tensors, *others, needs) -> those of the gradients that `needs` asks for. Its
+            implementation takes one more argument, if there are layers that read the same x: their dx, to which it
+            adds its own, in place (`shared_input`).
         gradients: the position among the arguments of each gradient that `backward` can give; None for none.
         has_base: the second argument is the base's result, or None, to which an update that is linear in x is added:
             its gradient is dy. Where nobody observes it may be a FrozenLinear, whose product is then added in place,
@@ -68,7 +71,7 @@ class Differentiable(Operator):
         allocate: Callable[..., Tensor],
         forward: Callable[..., tuple[Tensor, ...]],
         fake: Callable[..., tuple[Tensor, ...]],
-        saved: Callable[..., list[Any]],
+        saved: Callable[..., tuple[tuple[Tensor | None, ...], tuple[Any, ...]]],
         backward: Operator,
         gradients: tuple[int | None, ...],
         has_base: bool,
@@ -86,25 +89,34 @@ class Differentiable(Operator):
 
             @staticmethod
             def forward(ctx, *args):
-                weight = None
+                weight, hands_on = None, args[-1] is HANDS_ON
+                args = args[:-1] if hands_on else args
                 with modes.below_autograd():
                     if has_base and isinstance(args[1], FrozenLinear):
                         x, (weight, bias), *rest = args
                         y = allocate(x, None, *rest)
                         args = (x, None if bias is None else bias.expand(y.shape), *rest)
                         kept = forward(y, *args)
-                        _rows(y).addmm_(_rows(x), weight.T)
+                        rows_of(y).addmm_(rows_of(x), weight.T)
                     elif modes.is_plain(*_tensors(args)):
                         y = allocate(*args)
                         kept = forward(y, *args)
                     else:
                         y, *kept = fwd.operator(*args)
-                _save(ctx, [weight, *saved(kept, *args)])
+                if ctx is not None:
+                    tensors, ctx.others = saved(kept, *args)
+                    ctx.save_for_backward(weight, *tensors)
+                if hands_on:
+                    ctx.set_materialize_grads(False)
+                    return y, args[0].detach()
                 return y
 
             @staticmethod
             @first_derivative_only
-            def backward(ctx, dy):
+            def backward(ctx, dy, dx=None):
+                if dy is None:
+                    # Of a layer whose result nobody used; others read the x that it handed on.
+                    return dx, *[None] * (len(ctx.needs_input_grad) - 1)
                 if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
                     raise NotImplementedError(
                         f"{name} takes no batches of gradients (is_grads_batched) in Triton; use backend='reference'."
@@ -113,11 +125,16 @@ class Differentiable(Operator):
                 grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
                 if any(needs):
                     # Before autograd is left: checkpointing computes them again here, and records that.
-                    weight, *kept = _saved(ctx)
+                    weight, *tensors = ctx.saved_tensors
+                    run, received = backward.on(dy, *tensors), dx if needs[0] else None
+                    # An operator that somebody observes writes to nothing that it is given.
+                    into = [] if received is None or run is backward.operator else [writable(received)]
                     with modes.below_autograd():
-                        found = backward.on(dy, *_tensors(kept))(dy, *kept, needs)
+                        found = run(dy, *tensors, *ctx.others, needs, *into)
+                        if received is not None and not into:
+                            found[0].add_(received)
                         if weight is not None and needs[0]:
-                            _rows(found[0]).addmm_(_rows(dy), weight)
+                            rows_of(found[0]).addmm_(rows_of(dy), weight)
                     wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
                     for position, grad in zip(wanted, found, strict=True):
                         grads[position] = grad  # type: ignore[index]
@@ -142,26 +159,22 @@ class Differentiable(Operator):
         super().__init__(name, arguments, "Tensor", lambda *args: fwd.operator(*args)[0], allocate)
         _library.impl(name, autograd, "Autograd")
         self.fwd, self.bwd = fwd, backward
-        self.unobserved = Function.apply
+        self.unobserved, self._forward = Function.apply, partial(Function.forward, None)
+
+    def on(self, *tensors: Tensor | None) -> Callable:
+        """Return what to call on these, as `Operator.on` does; where no gradients are recorded, forward alone."""
+        found = super().on(*tensors)
+        return self._forward if found is self.unobserved and not torch.is_grad_enabled() else found
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
-def _save(ctx: Any, values: list[Any]) -> None:
-    """Keep values of which some are tensors, which only autograd may hold."""
-    ctx.save_for_backward(*_tensors(values))
-    ctx.values = [Tensor if isinstance(value, Tensor) else value for value in values]
-
-
-def _saved(ctx: Any) -> list[Any]:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if value is Tensor else value for value in ctx.values]
+def rows_of(t: Tensor) -> Tensor:
+    """(*batch, size) as a matrix, (M, size)."""
+    # Twice as fast as reshape.
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -173,26 +186,34 @@ def first_derivative_only(backward: Callable) -> Callable:
 
     @wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and (
-            any(isinstance(g, Tensor) and g.requires_grad for g in grads)
-            or any(ctx.needs_input_grad[getattr(ctx._forward_cls, "linear_in", 0) :])
-        ):
-            raise RuntimeError(
-                "This backend cannot be differentiated twice, which create_graph=True asks for; "
-                "use backend='reference'."
-            )
-        with torch.no_grad(), modes.no_autocast(grads[0].device.type):
+        if torch.is_grad_enabled():
+            if any(isinstance(g, Tensor) and g.requires_grad for g in grads) or any(
+                ctx.needs_input_grad[getattr(ctx._forward_cls, "linear_in", 0) :]
+            ):
+                raise RuntimeError(
+                    "This backend cannot be differentiated twice, which create_graph=True asks for; "
+                    "use backend='reference'."
+                )
+            with torch.no_grad():
+                return checked(ctx, *grads)
+        # Where the result was not used there is none, and nothing to multiply.
+        with nullcontext() if grads[0] is None else modes.no_autocast(grads[0].device.type):
             return backward(ctx, *grads)
 
     return checked
 
 
+_here = nullcontext()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _here
+    return torch.cuda.device(device)
 
 
 def as_rows(logits: Tensor) -> Tensor:
     """(*rows, num_vectors) as a matrix whose last dimension is contiguous."""
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = rows_of(logits)
     return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -20,35 +20,46 @@ Backward, from dy (M, N), in one pass over dy, one over x, and one launch for th
 from __future__ import annotations
 
 import math
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vblora_triton.ops.reference import Selection
-from vblora_triton.ops.register import Differentiable, Operator, as_rows, on_device
+from vblora_triton.ops.register import Differentiable, Operator, as_rows, on_device, rows_of
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    """The launchers, which are imported at the first call of an operator."""
+    from vblora_triton.kernels import compose, dropout, expand, parameters, partials, select, shrink, tuning
+
+    modules = (compose, dropout, expand, parameters, partials, select, shrink)
+    found = {name: value for module in modules for name, value in vars(module).items() if name.startswith("launch_")}
+    return SimpleNamespace(**found, new_terms=compose.new_terms, Dropout=dropout.Dropout, FEW_ROWS=tuning.FEW_ROWS)
+
 
 _SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
 _DROPOUT = "float dropout_p, Tensor? seed"
 
 
 def _empty_selection(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
+    shape_A, shape_B = (*logits_A.shape[:-1], topk), (*logits_B.shape[:-1], topk)
     return Selection(
-        *(
-            logits_A.new_empty((*logits.shape[:-1], topk), dtype=dtype)
-            for logits in (logits_A, logits_B)
-            for dtype in (torch.int32, torch.float32)
-        )
+        logits_A.new_empty(shape_A, dtype=torch.int32),
+        logits_A.new_empty(shape_A, dtype=torch.float32),
+        logits_A.new_empty(shape_B, dtype=torch.int32),
+        logits_A.new_empty(shape_B, dtype=torch.float32),
     )
 
 
 def _select(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
-    from vblora_triton.kernels.select import launch_select
-
+    found = _empty_selection(logits_A, logits_B, topk)
     with on_device(logits_A.device):
-        found = launch_select(as_rows(logits_A), as_rows(logits_B), topk)
-    shapes = (logits_A.shape[:-1],) * 2 + (logits_B.shape[:-1],) * 2
-    return Selection(*(t.view(*shape, topk) for t, shape in zip(found, shapes, strict=True)))
+        _kernels().launch_select(as_rows(logits_A), as_rows(logits_B), found)
+    return found
 
 
 select = Operator(
@@ -65,38 +76,48 @@ def _linear_bwd(
     indices_B: Tensor,
     weights_B: Tensor,
     vector_bank: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
     dtype_A: torch.dtype,
     dtype_B: torch.dtype,
-    dropout_p: float,
-    seed: Tensor | None,
     needs: list[bool],
+    others_dx: Tensor | None = None,
 ) -> list[Tensor]:
-    """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order."""
-    from vblora_triton.kernels.dropout import Dropout
-    from vblora_triton.kernels.expand import launch_expand_bwd
-    from vblora_triton.kernels.parameters import launch_parameter_grads
-    from vblora_triton.kernels.partials import launch_sum_partials
-    from vblora_triton.kernels.shrink import launch_shrink_bwd
+    """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order.
 
-    selection = Selection(indices_A, weights_A, indices_B, weights_B)
+    Args:
+        others_dx: what that of x is added to, in place.
+    """
+    kernels, selection = _kernels(), Selection(indices_A, weights_A, indices_B, weights_B)
     need_x, need_logits_A, need_logits_B, need_bank = needs
     need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
     if x.numel() == 0 or dy.numel() == 0:
-        nothing = _linear_bwd_fake(dy, x, s, *selection, vector_bank, dtype_A, dtype_B, dropout_p, seed, needs)
-        return [grad.zero_() for grad in nothing]
-    x_rows, dy_rows, bank = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), vector_bank.contiguous()
+        nothing = _linear_bwd_fake(dy, x, s, *selection, vector_bank, seed, dropout_p, dtype_A, dtype_B, needs)
+        zeros = [grad.zero_() for grad in nothing]
+        return zeros if others_dx is None else [others_dx, *zeros[1:]]
+    x_rows, dy_rows, bank = rows_of(x), rows_of(dy), vector_bank.contiguous()
     # Of x's shape from the start: a view of it autograd could not add to in place.
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x and others_dx is None else others_dx
     dA = None
     with on_device(x.device):
-        ds, dB = launch_expand_bwd(
+        ds, dB = kernels.launch_expand_bwd(
             dy_rows, s, bank, indices_B, weights_B, need_ds=need_x or need_dA, need_dB=need_dB
         )  # fmt: skip
         if ds is not None:
-            dropout, dx_rows = Dropout.of(dropout_p, seed), None if dx is None else dx.view(x_rows.shape)
-            ds = launch_sum_partials(ds)
-            dA = launch_shrink_bwd(x_rows, ds, bank, indices_A, weights_A, dropout, dx_rows, need_dA=need_dA)
-        grads = launch_parameter_grads(
+            dropout, dx_rows = kernels.Dropout.of(dropout_p, seed), None if dx is None else rows_of(dx)
+            ds = kernels.launch_sum_partials(ds)
+            dA = kernels.launch_shrink_bwd(
+                x_rows,
+                ds,
+                bank,
+                indices_A,
+                weights_A,
+                dropout,
+                dx_rows,
+                need_dA=need_dA,
+                add_to_dx=others_dx is not None,
+            )
+        grads = kernels.launch_parameter_grads(
             dA,
             dB,
             bank,
@@ -116,7 +137,7 @@ def _logits_shapes(selection: Selection, bank: Tensor) -> tuple[torch.Size, torc
 
 
 def _linear_bwd_fake(dy: Tensor, x: Tensor, s: Tensor, *rest: Any) -> list[Tensor]:
-    *selection, bank, dtype_A, dtype_B, _, _, needs = rest
+    *selection, bank, _, _, dtype_A, dtype_B, needs = rest
     shapes = (x.shape, *_logits_shapes(Selection(*selection), bank), bank.shape)
     like = zip(shapes, (x.dtype, dtype_A, dtype_B, bank.dtype), needs, strict=True)
     return [x.new_empty(shape, dtype=dtype) for shape, dtype, need in like if need]
@@ -124,8 +145,8 @@ def _linear_bwd_fake(dy: Tensor, x: Tensor, s: Tensor, *rest: Any) -> list[Tenso
 
 _linear_grads = Operator(
     "vblora_linear_bwd",
-    f"Tensor dy, Tensor x, Tensor s, {_SELECTION}, Tensor vector_bank, ScalarType dtype_A, "
-    f"ScalarType dtype_B, {_DROPOUT}, bool[] needs",
+    f"Tensor dy, Tensor x, Tensor s, {_SELECTION}, Tensor vector_bank, Tensor? seed, float dropout_p, "
+    "ScalarType dtype_A, ScalarType dtype_B, bool[] needs",
     "Tensor[]",
     _linear_bwd,
     _linear_bwd_fake,
@@ -155,23 +176,19 @@ def _linear_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Write y; return s and the selection."""
-    from vblora_triton.kernels.compose import new_terms
-    from vblora_triton.kernels.select import launch_select
-    from vblora_triton.kernels.tuning import FEW_ROWS
-
     if x.numel() == 0 or y.numel() == 0:
         # Nothing to multiply, and no launch: backward looks at none of these either.
         _write_base(y, base)
         return _linear_fake(y, x, base, logits_A, logits_B, vector_bank, topk)
-    rows_A, rows_B, bank, r = as_rows(logits_A), as_rows(logits_B), vector_bank.contiguous(), logits_A.shape[0]
+    kernels, bank, r = _kernels(), vector_bank.contiguous(), logits_A.shape[0]
+    selection = _empty_selection(logits_A, logits_B, topk)
     with on_device(x.device):
         A = None
-        if x.numel() > FEW_ROWS * x.shape[-1]:
-            A = new_terms(r, x.shape[-1], bank.shape[1], x.dtype, x.device)
-        selection = launch_select(rows_A, rows_B, topk, bank, A)
+        if x.numel() > kernels.FEW_ROWS * x.shape[-1]:
+            A = kernels.new_terms(r, x.shape[-1], bank.shape[1], x.dtype, x.device)
+        kernels.launch_select(as_rows(logits_A), as_rows(logits_B), selection, bank, A)
         s = _products(y, x, base, A, selection, bank, r, dropout_p, seed)
-    shapes = (logits_A.shape[:-1],) * 2 + (logits_B.shape[:-1],) * 2
-    return s, *(t.view(*shape, topk) for t, shape in zip(selection, shapes, strict=True))
+    return s, *selection
 
 
 def _products(
@@ -186,14 +203,10 @@ def _products(
     seed: Tensor | None,
 ) -> Tensor:
     """Write y = base + dropout(x) A^T B^T; return s. A: its terms, or None where they are not kept."""
-    from vblora_triton.kernels.dropout import Dropout
-    from vblora_triton.kernels.expand import launch_expand_fwd
-    from vblora_triton.kernels.shrink import launch_shrink_fwd
-
-    indices_A, weights_A, indices_B, weights_B = selection
-    x_rows, base_rows, y_rows = _as_matrices(x, base, y)
-    s = launch_shrink_fwd(x_rows, A, bank, indices_A, weights_A, r, Dropout.of(dropout_p, seed))
-    return launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, y_rows)
+    kernels, (indices_A, weights_A, indices_B, weights_B) = _kernels(), selection
+    dropout, base_rows = kernels.Dropout.of(dropout_p, seed), None if base is None else rows_of(base)
+    s = kernels.launch_shrink_fwd(rows_of(x), A, bank, indices_A, weights_A, r, dropout)
+    return kernels.launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, rows_of(y))
 
 
 def _write_base(y: Tensor, base: Tensor | None) -> None:
@@ -203,14 +216,9 @@ def _write_base(y: Tensor, base: Tensor | None) -> None:
         y.copy_(base)
 
 
-def _as_matrices(x: Tensor, base: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    N = y.shape[-1]
-    return x.reshape(-1, x.shape[-1]), None if base is None else base.reshape(-1, N), y.view(-1, N)
-
-
-def _linear_saved(kept: Any, x: Tensor, base: Tensor | None, logits_A: Tensor, logits_B: Tensor, *rest: Any) -> list:
+def _linear_saved(kept: Any, x: Tensor, base: Any, logits_A: Tensor, logits_B: Tensor, *rest: Any) -> Any:
     vector_bank, _, dropout_p, seed = rest
-    return [x, *kept, vector_bank, logits_A.dtype, logits_B.dtype, dropout_p, seed]
+    return (x, *kept, vector_bank, seed), (dropout_p, logits_A.dtype, logits_B.dtype)
 
 
 linear = Differentiable(
@@ -244,25 +252,22 @@ def _selected_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Write y; return s."""
-    from vblora_triton.kernels.compose import launch_compose_fwd, new_terms
-    from vblora_triton.kernels.tuning import FEW_ROWS
-
     if x.numel() == 0 or y.numel() == 0:
         _write_base(y, base)
         return _selected_fake(y, x, base, indices_A)
-    bank, r, topk = vector_bank.contiguous(), indices_A.shape[0], indices_A.shape[-1]
+    kernels, bank, r, topk = _kernels(), vector_bank.contiguous(), indices_A.shape[0], indices_A.shape[-1]
     with on_device(x.device):
         A = None
-        if x.numel() > FEW_ROWS * x.shape[-1]:
-            A = new_terms(r, x.shape[-1], bank.shape[1], x.dtype, x.device)
-            launch_compose_fwd(bank, indices_A.view(-1, topk), weights_A.view(-1, topk), A)
+        if x.numel() > kernels.FEW_ROWS * x.shape[-1]:
+            A = kernels.new_terms(r, x.shape[-1], bank.shape[1], x.dtype, x.device)
+            kernels.launch_compose_fwd(bank, indices_A.view(-1, topk), weights_A.view(-1, topk), A)
         return (_products(y, x, base, A, (indices_A, weights_A, indices_B, weights_B), bank, r, dropout_p, seed),)
 
 
-def _selected_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> list:
+def _selected_saved(kept: Any, x: Tensor, base: Any, *rest: Any) -> Any:
     *selection, vector_bank, dropout_p, seed = rest
     # No gradient of logits is asked for, and so their dtypes do not matter.
-    return [x, *kept, *selection, vector_bank, torch.float32, torch.float32, dropout_p, seed]
+    return (x, *kept, *selection, vector_bank, seed), (dropout_p, torch.float32, torch.float32)
 
 
 linear_selected = Differentiable(
@@ -283,13 +288,11 @@ linear_selected = Differentiable(
 
 def _compose_fwd(out: Tensor, logits: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, ...]:
     """Write the mixtures; return the selection."""
-    from vblora_triton.kernels.compose import launch_compose_fwd
-    from vblora_triton.kernels.select import launch_select
-
-    rows = as_rows(logits)
+    kernels, rows = _kernels(), as_rows(logits)
+    indices, weights = _compose_fake(out, logits, vector_bank, topk)
     with on_device(logits.device):
-        indices, weights, _, _ = launch_select(rows, rows[:0], topk)
-        launch_compose_fwd(vector_bank.contiguous(), indices, weights, out.view(len(rows), vector_bank.shape[1]))
+        kernels.launch_select(rows, rows[:0], (indices, weights, indices, weights))
+        kernels.launch_compose_fwd(vector_bank.contiguous(), indices, weights, rows_of(out))
     return indices, weights
 
 
@@ -308,12 +311,10 @@ def _compose_bwd(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of logits and vector_bank that `needs` asks for, in this order."""
-    from vblora_triton.kernels.parameters import launch_parameter_grads
-
     rows, h = indices.shape[0], vector_bank.shape[0]
     # The rows are those of one A of rank 1, as wide as all mixtures together.
     with on_device(d_out.device):
-        d_logits, _, d_bank = launch_parameter_grads(
+        d_logits, _, d_bank = _kernels().launch_parameter_grads(
             d_out.reshape(1, 1, -1).float().contiguous(),
             None,
             vector_bank.contiguous(),
@@ -341,7 +342,7 @@ compose = Differentiable(
     allocate=lambda logits, vector_bank, topk: vector_bank.new_empty((*logits.shape[:-1], vector_bank.shape[1])),
     forward=_compose_fwd,
     fake=_compose_fake,
-    saved=lambda kept, logits, vector_bank, topk: [*kept, vector_bank, logits.shape, logits.dtype],
+    saved=lambda kept, logits, vector_bank, topk: ((*kept, vector_bank), (logits.shape, logits.dtype)),
     backward=Operator(
         "compose_bwd",
         "Tensor d_out, Tensor indices, Tensor weights, Tensor vector_bank, SymInt[] shape, ScalarType dtype, "

@@ -6,27 +6,37 @@ With p = dropout(x) A^T, the projected input, which is all that backward keeps o
 from __future__ import annotations
 
 import math
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vblora_triton.ops.register import Differentiable, Operator, on_device
+from vblora_triton.ops.register import Differentiable, Operator, on_device, rows_of
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    """The launchers, which are imported at the first call of an operator."""
+    from vblora_triton.kernels import dropout, vera
+
+    found = {name: value for name, value in vars(vera).items() if name.startswith("launch_")}
+    return SimpleNamespace(**found, Dropout=dropout.Dropout, ProjectedInput=vera.ProjectedInput)
+
 
 _PROJECTED = "Tensor values, Tensor scale"
 
 
 def _project(x: Tensor, A: Tensor, all_fp32: bool, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    from vblora_triton.kernels.dropout import Dropout
-    from vblora_triton.kernels.vera import launch_project
-
     if x.numel() == 0:
         # The projection of nothing is zero, whatever there is of it.
         values, scale = _project_fake(x, A, all_fp32, dropout_p, seed)
         return values.zero_(), scale.zero_()
     K = x.shape[-1]
     with on_device(x.device):
-        return launch_project(x.reshape(-1, K), A[:, :K], Dropout.of(dropout_p, seed), all_fp32=all_fp32)
+        kernels = _kernels()
+        return kernels.launch_project(rows_of(x), A[:, :K], kernels.Dropout.of(dropout_p, seed), all_fp32=all_fp32)
 
 
 def _project_fake(x: Tensor, A: Tensor, all_fp32: bool, *_: Any) -> tuple[Tensor, Tensor]:
@@ -66,16 +76,13 @@ def _linear_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Write y; nothing more is kept."""
-    from vblora_triton.kernels.vera import ProjectedInput, launch_update
-
     N = lambda_b.shape[0]
     if y.numel() > 0:
-        base_rows = None if base is None else base.reshape(-1, N)
+        kernels, base_rows = _kernels(), None if base is None else rows_of(base)
+        projected = kernels.ProjectedInput(values, scale)
         scales, all_fp32 = (lambda_b.contiguous(), lambda_d.contiguous()), is_all_fp32(x.dtype, y.dtype)
         with on_device(y.device):
-            launch_update(
-                ProjectedInput(values, scale), base_rows, *scales, B[:N], y.view(-1, N), all_fp32=all_fp32
-            )  # fmt: skip
+            kernels.launch_update(projected, base_rows, *scales, B[:N], rows_of(y), all_fp32=all_fp32)
     return ()
 
 
@@ -87,43 +94,51 @@ def _linear_bwd(
     B: Tensor,
     values: Tensor,
     scale: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
     x_shape: list[int],
     x_dtype: torch.dtype,
-    dropout_p: float,
-    seed: Tensor | None,
     needs: list[bool],
+    others_dx: Tensor | None = None,
 ) -> list[Tensor]:
-    """The gradients of x, lambda_b and lambda_d that `needs` asks for, in this order."""
-    from vblora_triton.kernels.dropout import Dropout
-    from vblora_triton.kernels.vera import ProjectedInput, launch_input_grad, launch_scale_grads
+    """The gradients of x, lambda_b and lambda_d that `needs` asks for, in this order.
 
+    Args:
+        others_dx: what that of x is added to, in place.
+    """
     need_x, *need_scales = needs
-    grads = _linear_bwd_fake(dy, lambda_b, lambda_d, A, B, values, scale, x_shape, x_dtype, dropout_p, seed, needs)
+    grads = _linear_bwd_fake(dy, lambda_b, lambda_d, A, B, values, scale, seed, dropout_p, x_shape, x_dtype, needs)
     K, N = x_shape[-1], lambda_b.shape[0]
     if dy.numel() == 0 or K == 0:
-        return [grad.zero_() for grad in grads]
-    dy_rows, scales = dy.reshape(-1, N), (lambda_b.contiguous(), lambda_d.contiguous())
+        grads = [grad.zero_() for grad in grads]
+        return grads if others_dx is None else [others_dx, *grads[1:]]
+    if others_dx is not None:
+        grads[0] = others_dx
+    kernels, dy_rows, scales = _kernels(), rows_of(dy), (lambda_b.contiguous(), lambda_d.contiguous())
     all_fp32 = is_all_fp32(x_dtype, dy.dtype)
     with on_device(dy.device):
         if need_x:
-            dropout, dx_rows = Dropout.of(dropout_p, seed), grads[0].view(-1, K)
-            launch_input_grad(dy_rows, *scales, A[:, :K], B[:N], dropout, dx_rows, all_fp32=all_fp32)
+            dropout, dx_rows, adds = kernels.Dropout.of(dropout_p, seed), rows_of(grads[0]), others_dx is not None
+            kernels.launch_input_grad(
+                dy_rows, *scales, A[:, :K], B[:N], dropout, dx_rows, all_fp32=all_fp32, add_to_dx=adds
+            )
         if any(need_scales):
-            both = launch_scale_grads(dy_rows, ProjectedInput(values, scale), *scales, B[:N], all_fp32=all_fp32)
+            projected = kernels.ProjectedInput(values, scale)
+            both = kernels.launch_scale_grads(dy_rows, projected, *scales, B[:N], all_fp32=all_fp32)
             grads[need_x:] = [grad for grad, need in zip(both, need_scales, strict=True) if need]
     return grads
 
 
 def _linear_bwd_fake(dy: Tensor, lambda_b: Tensor, lambda_d: Tensor, *rest: Any) -> list[Tensor]:
-    *_, x_shape, x_dtype, _, _, needs = rest
+    *_, x_shape, x_dtype, needs = rest
     like = ((tuple(x_shape), x_dtype), (lambda_b.shape, lambda_b.dtype), (lambda_d.shape, lambda_d.dtype))
     return [dy.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(like, needs, strict=True) if need]
 
 
-def _linear_saved(kept: Any, x: Tensor, base: Tensor | None, *rest: Any) -> list:
+def _linear_saved(kept: Any, x: Tensor, base: Any, *rest: Any) -> Any:
     # Not x: its gradient needs only its shape, and no gradient needs more of it than the projected input.
     *tensors, dropout_p, seed = rest
-    return [*tensors, x.shape, x.dtype, dropout_p, seed]
+    return (*tensors, seed), (dropout_p, x.shape, x.dtype)
 
 
 linear = Differentiable(
@@ -137,8 +152,8 @@ linear = Differentiable(
     saved=_linear_saved,
     backward=Operator(
         "vera_linear_bwd",
-        f"Tensor dy, Tensor lambda_b, Tensor lambda_d, Tensor A, Tensor B, {_PROJECTED}, SymInt[] x_shape, "
-        "ScalarType x_dtype, float dropout_p, Tensor? seed, bool[] needs",
+        f"Tensor dy, Tensor lambda_b, Tensor lambda_d, Tensor A, Tensor B, {_PROJECTED}, Tensor? seed, "
+        "float dropout_p, SymInt[] x_shape, ScalarType x_dtype, bool[] needs",
         "Tensor[]",
         _linear_bwd,
         _linear_bwd_fake,

@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vblora_triton.ops import checks
-from vblora_triton.ops.dispatch import choose, settle_base, vblora_sizes
+from vblora_triton.ops.dispatch import Choice, choose, choose_linear, remembered, vblora_sizes
 from vblora_triton.ops.modes import no_autocast
 from vblora_triton.ops.reference import FrozenLinear, Selection
+from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "auto") -> Tensor:
@@ -27,6 +29,11 @@ def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "a
         ValueError: the sizes disagree, `topk` is out of range, or the backend is unknown or cannot run here.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
+    return _settle_compose(logits, vector_bank, topk, backend).run(logits, vector_bank, topk)
+
+
+@remembered
+def _settle_compose(logits: Tensor, vector_bank: Tensor, topk: int, backend: str) -> Choice:
     checks.check_tensors(logits=logits, vector_bank=vector_bank)
     checks.check_bank(vector_bank)
     checks.check_topk(topk, vector_bank.shape[0])
@@ -35,8 +42,7 @@ def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "a
             f"`logits` has shape {tuple(logits.shape)}; its last dimension must be the {vector_bank.shape[0]} vectors "
             f"of `vector_bank` {tuple(vector_bank.shape)}."
         )
-    sizes = vblora_sizes(1, topk, *vector_bank.shape)
-    return choose("compose", backend, sizes, 0.0, logits, vector_bank).run(logits, vector_bank, topk)
+    return choose("compose", backend, vblora_sizes(1, topk, *vector_bank.shape), 0.0, logits, vector_bank)
 
 
 def vblora_linear(
@@ -76,15 +82,35 @@ def vblora_linear(
         ValueError: the sizes disagree, `topk` or `dropout_p` is out of range, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
+    chosen = _settle_linear(x, base, logits_A, logits_B, vector_bank, topk, dropout_p, training, backend)
+    base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
+    alias = newest_alias(x) if chosen.may_hand_on else None
+    with no_autocast(x.device.type):
+        if alias is None:
+            return chosen.run(x, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x))
+        y, handed_on = chosen.run(alias, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x), HANDS_ON)
+    hand_on(handed_on)
+    return y
+
+
+@remembered
+def _settle_linear(
+    x: Tensor,
+    base: Tensor | FrozenLinear | None,
+    logits_A: Tensor,
+    logits_B: Tensor,
+    vector_bank: Tensor,
+    topk: int,
+    dropout_p: float,
+    training: bool,
+    backend: str,
+) -> Choice:
     checks.check_tensors(x=x, base=base, logits_A=logits_A, logits_B=logits_B, vector_bank=vector_bank)
     checks.check_linear(x, base, vector_bank, logits_A, logits_B, vector_bank.shape[0], "logits")
     checks.check_topk(topk, vector_bank.shape[0])
     p = checks.dropout_in_force(dropout_p, training)
-    base = settle_base(x, base, logits_A, logits_B, vector_bank)
     sizes = vblora_sizes(logits_A.shape[0], topk, *vector_bank.shape)
-    chosen = choose("vblora_linear", backend, sizes, p, x, base, logits_A, logits_B, vector_bank)
-    with no_autocast(x.device.type):
-        return chosen.run(x, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout)
+    return choose_linear("vblora_linear", backend, sizes, p, x, base, logits_A, logits_B, vector_bank)
 
 
 def select(logits_A: Tensor, logits_B: Tensor, topk: int, *, backend: str = "auto") -> Selection:
@@ -142,6 +168,27 @@ def vblora_linear_selected(
     Raises:
         ValueError, TypeError: as `vblora_linear`; or a weight requires a gradient.
     """
+    selection = (indices_A, weights_A, indices_B, weights_B)
+    chosen = _settle_selected(x, base, *selection, vector_bank, dropout_p, training, backend)
+    base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
+    with no_autocast(x.device.type):
+        # Backends read the selection as rows without gaps.
+        return chosen.run(x, base, *[t.contiguous() for t in selection], vector_bank, *chosen.dropout(x))
+
+
+@remembered
+def _settle_selected(
+    x: Tensor,
+    base: Tensor | FrozenLinear | None,
+    indices_A: Tensor,
+    weights_A: Tensor,
+    indices_B: Tensor,
+    weights_B: Tensor,
+    vector_bank: Tensor,
+    dropout_p: float,
+    training: bool,
+    backend: str,
+) -> Choice:
     checks.check_tensors(x=x, base=base, weights_A=weights_A, weights_B=weights_B, vector_bank=vector_bank)
     checks.check_selected(x, indices_A, weights_A, "A")
     checks.check_selected(x, indices_B, weights_B, "B")
@@ -149,12 +196,6 @@ def vblora_linear_selected(
     # To torch.jit.trace sizes are tensors.
     r, topk = int(indices_A.shape[0]), int(indices_A.shape[2])
     checks.check_topk(topk, vector_bank.shape[0])
-    # Backends read them as rows without gaps.
-    indices_A, weights_A, indices_B, weights_B = (t.contiguous() for t in (indices_A, weights_A, indices_B, weights_B))
     p = checks.dropout_in_force(dropout_p, training)
-    base = settle_base(x, base, weights_A, weights_B, vector_bank)
-    chosen = choose(
-        "vblora_linear_selected", backend, vblora_sizes(r, topk, *vector_bank.shape), p, x, base, vector_bank
-    )
-    with no_autocast(x.device.type):
-        return chosen.run(x, base, indices_A, weights_A, indices_B, weights_B, vector_bank, *chosen.dropout)
+    sizes = vblora_sizes(r, topk, *vector_bank.shape)
+    return choose_linear("vblora_linear_selected", backend, sizes, p, x, base, vector_bank)

@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vblora_triton.ops import checks, triton_vera
-from vblora_triton.ops.dispatch import choose, settle_base, vera_sizes
+from vblora_triton.ops.dispatch import Choice, choose_linear, remembered, vera_sizes
 from vblora_triton.ops.modes import no_autocast
 from vblora_triton.ops.reference import FrozenLinear
+from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 
 
 class ProjectedInput(NamedTuple):
@@ -39,12 +41,17 @@ def vera_project(
     Raises:
         ValueError, TypeError: as `vera_linear`.
     """
-    checks.check_tensors(x=x, base=base, A=A)
-    checks.check_projects(x, A)
-    if choose("vera_linear", backend, vera_sizes(A.shape[0]), 0.0, x, A, base).backend != "triton":
+    if _settle_project(x, base, A, backend).backend != "triton":
         return None
     with torch.no_grad():
         return ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), 0.0, None))
+
+
+@remembered
+def _settle_project(x: Tensor, base: Tensor | FrozenLinear | None, A: Tensor, backend: str) -> Choice:
+    checks.check_tensors(x=x, base=base, A=A)
+    checks.check_projects(x, A)
+    return choose_linear("vera_linear", backend, vera_sizes(A.shape[0]), 0.0, x, base, A)
 
 
 def _all_fp32(x: Tensor, base: Tensor | FrozenLinear | None) -> bool:
@@ -91,20 +98,39 @@ def vera_linear(
             one of x or dropout is in force beside it, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    checks.check_tensors(x=x, base=base, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
-    checks.check_vera(x, base, lambda_b, lambda_d, A, B)
-    p = checks.dropout_in_force(dropout_p, training)
+    chosen = _settle_linear(x, base, lambda_b, lambda_d, A, B, dropout_p, training, backend)
     if projected is not None:
-        checks.check_projected_input(x, A, *projected, p)
-    base = settle_base(x, base, lambda_b, lambda_d, A, B)
-    arguments = (x, base, lambda_b, lambda_d, A, B)
-    chosen = choose("vera_linear", backend, vera_sizes(lambda_d.shape[0]), p, *arguments)
-    rest = chosen.dropout
+        checks.check_projected_input(x, A, *projected, chosen.dropout_p)
+    base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
+    rest = chosen.dropout(x)
     if chosen.backend == "triton":
         # The kernels take the projected input, which has the dropout in it, and both again for backward.
         if projected is None:
             with torch.no_grad():
                 projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
         rest = (*projected, *rest)
+    alias = newest_alias(x) if chosen.may_hand_on else None
     with no_autocast(x.device.type):
-        return chosen.run(*arguments, *rest)
+        if alias is None:
+            return chosen.run(x, base, lambda_b, lambda_d, A, B, *rest)
+        y, handed_on = chosen.run(alias, base, lambda_b, lambda_d, A, B, *rest, HANDS_ON)
+    hand_on(handed_on)
+    return y
+
+
+@remembered
+def _settle_linear(
+    x: Tensor,
+    base: Tensor | FrozenLinear | None,
+    lambda_b: Tensor,
+    lambda_d: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dropout_p: float,
+    training: bool,
+    backend: str,
+) -> Choice:
+    checks.check_tensors(x=x, base=base, lambda_b=lambda_b, lambda_d=lambda_d, A=A, B=B)
+    checks.check_vera(x, base, lambda_b, lambda_d, A, B)
+    p = checks.dropout_in_force(dropout_p, training)
+    return choose_linear("vera_linear", backend, vera_sizes(lambda_d.shape[0]), p, x, base, lambda_b, lambda_d, A, B)

@@ -40,6 +40,15 @@ def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
     return ops.FrozenLinear(weight.T if type(base_layer) is Conv1D else weight, bias)
 
 
+def parameter_of(layer: nn.Module, name: str, adapter: str) -> Tensor:
+    """Return layer.name[adapter] of an nn.ParameterDict, by a third of the way that nn.Module's attributes take."""
+    try:
+        return layer._modules[name]._parameters[adapter]  # type: ignore[union-attr, return-value]
+    except KeyError:
+        # Some wrappers keep parameters elsewhere.
+        return getattr(layer, name)[adapter]
+
+
 class AdaptedLinear(nn.Linear, BaseTunerLayer):
     """nn.Linear, or transformers' Conv1D, with adapters that each add an update to its result.
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vblora_triton.ops.shared_input import shared_inputs
 from vblora_triton.tuner.file_keys import AdapterFiles, live_bias_name
 from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan
 from vblora_triton.tuner.layer import (
@@ -366,8 +367,8 @@ class BaseTuner(AdapterFiles, nn.Module):
             return self.model(*args, **kwargs)
 
     def running(self) -> AbstractContextManager[Any]:
-        """Return a context for a call of the model, in which a method's layers may share what they compute."""
-        return nullcontext()
+        """Return a context for a call of the model, in which layers that read one input share."""
+        return nullcontext() if torch.compiler.is_compiling() else shared_inputs()
 
     def __getattr__(self, name: str) -> Any:
         """Look further in the model."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vblora_triton import ops
 from vblora_triton.tuner.layer import BaseTunerLayer
-from vblora_triton.tuner.linear import AdaptedLinear
+from vblora_triton.tuner.linear import AdaptedLinear, parameter_of
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vblora.files import TopkLogits, logits_shapes
 from vblora_triton.vblora.selection import SelectionCache
@@ -186,7 +186,7 @@ class Linear(AdaptedLinear, VBLoRALayer):
         if adapter in self.vblora_topk:
             own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
             return ops.vblora_linear_selected(x, base, *own.selection(), bank, **options)
-        logits = (self.vblora_logits_A[adapter], self.vblora_logits_B[adapter])
+        logits = (parameter_of(self, "vblora_logits_A", adapter), parameter_of(self, "vblora_logits_B", adapter))
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             selection = self._selections.get(adapter, *logits, self.topk[adapter], self.backend)
             if selection is not None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton import ops
+from vblora_triton.ops import shared_input
+from vblora_triton.ops.dispatch import resolve
 from vblora_triton.tuner.config import check_int
 from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.linear import AdaptedLinear
-from vblora_triton.vera import input_cache
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.projection import ProjectionDict
 
@@ -148,12 +149,14 @@ class Linear(AdaptedLinear, VeraLayer):
         # A hook before the layer may have written into x and left no trace of it.
         plain = not self._forward_pre_hooks and A is self.vera_A[adapter]
         dropped = options["training"] and options["dropout_p"]
-        if plain and not dropped and input_cache.may_share(x, base, self.backend):
-            projected = input_cache.find(x, A, base)
-            if projected is None:
-                projected = ops.vera_project(x, A, base, backend=self.backend)
-                input_cache.keep(x, A, base, projected)
-            options["projected"] = projected
+        # On a CPU PyTorch computes, which has no use for it, unless it was told to run the kernels.
+        useful = not x.is_cpu or resolve(self.backend) == "triton"
+        if plain and not dropped and useful and shared_input.may_share_values(x, base):
+            dtype = base.dtype if isinstance(base, Tensor) else x.dtype
+            known, options["projected"] = shared_input.find_value(x, A, dtype)
+            if not known:
+                options["projected"] = ops.vera_project(x, A, base, backend=self.backend)
+                shared_input.keep_value(A, dtype, options["projected"])
         return ops.vera_linear(x, base, *lambdas, A, B, **options)
 
     def _projections(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:

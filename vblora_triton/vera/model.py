@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from vblora_triton.tuner.model import BaseTuner
 from vblora_triton.tuner.targets import LORA_TARGETS, find_targets
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.files import VeraFiles
-from vblora_triton.vera.input_cache import shared_inputs
 from vblora_triton.vera.layer import Linear, VeraLayer
 from vblora_triton.vera.projection import ProjectionDict, draw_projections
 
@@ -68,7 +66,3 @@ class VeraModel(VeraFiles, BaseTuner):
     def layer_arguments(cls, config: VeraConfig) -> dict[str, Any]:
         """Return what a layer has to know of an adapter's configuration, by the names of its arguments."""
         return {"r": config.r, "config": config}
-
-    def running(self) -> AbstractContextManager[Any]:
-        """Return a context in which layers share what they project of one input."""
-        return nullcontext() if torch.compiler.is_compiling() else shared_inputs()

@@ -1,0 +1,114 @@
+"""Layers that read one x, as q, k and v do, or gate and up: what they share while a model's forward is under way.
+
+A chain of gradients. Autograd would add up the dx of such layers, and reads two and writes a third to do so. Instead
+each hands x on, as an alias that the next one reads in the place of x:
+
+    x -> q -> alias -> k -> alias -> v          forward: the alias is x's own memory
+    dx <- q <- dx <- k <- dx <- v               backward: each adds its own to what it receives, in place
+
+Which layers these are nobody has to know before: whoever comes next with the very same x takes the newest alias. A
+layer whose result is not used hands on what it receives. The gradients are those of x, to rounding.
+
+And values: VeRA's layers read x by one A, and project it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vblora_triton.ops.modes import TensorState, is_plain
+
+# The last argument of an op that is to hand x on: its result is y and an alias.
+HANDS_ON = object()
+
+
+class _Shared:
+    """The last x that a layer read, its newest alias, and what was made of it, by what it was made with."""
+
+    def __init__(self) -> None:
+        self.x: TensorState | None = None
+        self.alias: Tensor | None = None
+        self.values: dict[Any, Any] = {}
+
+    def meets(self, x: Tensor) -> None:
+        """Forget what is of another tensor, or of other values."""
+        if self.x is None or not self.x.holds(x):
+            self.x, self.alias, self.values = TensorState.of(x), None, {}
+
+
+# Of the forward pass of a model that is under way in this thread; None outside of one.
+_shared: ContextVar[_Shared | None] = ContextVar("shared_input", default=None)
+
+
+@contextmanager
+def shared_inputs() -> Iterator[None]:
+    """Let layers that read the very same tensor, inside the context, share. Nothing outlives it."""
+    token = _shared.set(_Shared())
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def newest_alias(x: Tensor) -> Tensor | None:
+    """Return what to read in the place of x, whose gradient is asked for; None where nothing is handed on.
+
+    Call `hand_on` after it. Outside of a model's forward there is nothing: so none is there when checkpointing
+    repeats a layer. Nor of a leaf: a backward pass for each of its readers alone keeps nothing of the others.
+    """
+    shared = _shared.get()
+    if shared is None or x.grad_fn is None:
+        return None
+    shared.meets(x)
+    return x if shared.alias is None else shared.alias
+
+
+def hand_on(alias: Tensor) -> None:
+    """Keep the alias that a layer made of the x of the last `newest_alias`."""
+    shared = _shared.get()
+    if shared is not None:
+        shared.alias = alias
+
+
+def writable(dx: Tensor) -> Tensor:
+    """Return the dx that a layer received, to be added to: the one that handed it back made it for nobody else."""
+    if dx.is_contiguous() and is_plain(dx):
+        return dx
+    # Somebody's hook replaced it.
+    return dx.clone(memory_format=torch.contiguous_format)
+
+
+def may_share_values(x: Tensor, base: Any) -> bool:
+    """Say whether what is made of x may be kept for other layers.
+
+    Args:
+        base: the base layer's result, if it is a tensor.
+    """
+    # A compiler finds equal products itself, and what a mode looks at may be replayed in another order.
+    return (
+        is_plain(x, base if isinstance(base, Tensor) else None) and _shared.get() is not None and not x.is_inference()
+    )
+
+
+def find_value(x: Tensor, made_with: Tensor, dtype: torch.dtype) -> tuple[bool, Any]:
+    """Return whether something was made of this very x with that tensor for results in that dtype; and what."""
+    shared = _shared.get()
+    if shared is None:
+        return False, None
+    shared.meets(x)
+    found = shared.values.get((id(made_with), dtype))
+    return found is not None, None if found is None else found[1]
+
+
+def keep_value(made_with: Tensor, dtype: torch.dtype, value: Any) -> None:
+    """Keep what was made of the x of the last `find_value`, until another x comes or the context ends."""
+    shared = _shared.get()
+    if shared is not None:
+        # With the tensor, so that its id is not another's.
+        shared.values[id(made_with), dtype] = made_with, value
