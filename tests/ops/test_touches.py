@@ -17,7 +17,7 @@ from vblora_triton.vera.projection import ProjectionDict, draw_projections
 # All sizes differ, so that a shape says which tensor it is.
 M, K, N, R = 70, 96, 144, 4
 # These make no pass over memory; of those that only call others, the others are counted.
-SILENT = "empty|view|reshape|alias|stride|expand|detach|transpose|permute|numpy_T|aten::t$|resolve"
+SILENT = "empty|view|reshape|flatten|alias|stride|expand|detach|transpose|permute|numpy_T|aten::t$|resolve"
 SILENT += "|aten::(linear|matmul|to|contiguous)$"
 
 
