@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from vblora_triton.card import CARD_NAME, model_card
@@ -143,7 +143,8 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """Read the weights of an adapter's folder, from safetensors or, where there are none, from PEFT's .bin.
 
     Returns:
-        The file that was read, and its tensors by key, on the CPU.
+        The file that was read, and its tensors by key, on the CPU, each in memory of its own: a map of the file would
+        change with it under a running model, and no two parameters may be one.
     Raises:
         AdapterFileError: no such file, or one that cannot be read.
     """
@@ -157,16 +158,17 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             )
     try:
         if path.name == SAFETENSORS_NAME:
-            tensors = load_file(path)
+            tensors = load(path.read_bytes())
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # torch.load lets any error of a broken pickle through
         raise AdapterFileError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+        isinstance(k, str) and isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta
+        for k, t in tensors.items()
     ):
-        raise AdapterFileError(f"{path} holds no dictionary of named tensors.")
-    return path, tensors
+        raise AdapterFileError(f"{path} holds no dictionary of named tensors, dense and with values.")
+    return path, _apart(tensors)
 
 
 def read_adapter(
