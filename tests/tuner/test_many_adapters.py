@@ -31,7 +31,7 @@ OPERATIONS = {
     "add": lambda model, folder: model.add_adapter("new", copy.copy(model.peft_config["a1"])),
     "load": lambda model, folder: model.load_adapter(folder, "new"),
     "refill": lambda model, folder: model.load_adapter(folder, "a1"),
-    "enable": lambda model, folder: (model.base_model.disable_adapter_layers(), model.base_model.enable_adapter_layers()),
+    "disable": lambda model, folder: model.base_model.disable_adapter_layers(),
 }
 
 

@@ -62,8 +62,8 @@ def stamp(output: str | os.PathLike) -> tuple[int, int] | None:
 def all_or_nothing(output: Path) -> Iterator[Path]:
     """Give a new folder to write results to; when the block ends well they replace those in `output`.
 
-    An exception leaves `output` as it was, and absent if it was absent; Ctrl-C while they are moved takes effect when all
-    are. Other files in it are never touched.
+    An exception leaves `output` as it was, and absent if it was absent; Ctrl-C while they are moved takes effect when
+    all are. Other files in it are never touched.
 
     Raises:
         InputError: `output` cannot be written; also raised for every OSError in the block.
