@@ -101,7 +101,7 @@ def save_adapters(
             changed["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         if any(getattr(config, field) is not None for field in config.own_fields):
             # PEFT passes over what it does not know; whole names say the same to it.
-            changed["target_modules"] = sorted(key for key, layer in tuner.layers() if name in layer.r)
+            changed["target_modules"] = sorted(key for key, layer in tuner.adapted_layers() if name in layer.r)
         folder = Path(save_directory) if name == "default" else Path(save_directory, name)
         write_adapter(folder, tensors, config.to_json(**changed), model_card(config), safe)
 
@@ -253,7 +253,7 @@ def fill_adapter(
     """
     dtype: torch.dtype | None = torch.float32
     if not autocast_adapter_dtype:
-        base = next((layer.weight.dtype for _, layer in tuner.layers()), torch.float32)
+        base = next((layer.weight.dtype for _, layer in tuner.adapted_layers()), torch.float32)
         dtype = None if keep_dtype else base if base.is_floating_point else torch.float32
     done = tuner.set_form(adapter_name, tensors)
     with torch.no_grad():

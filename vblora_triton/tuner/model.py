@@ -154,7 +154,7 @@ class BaseTuner(AdapterFiles, nn.Module):
         self.peft_config[adapter_name] = peft_config
         self.trained_biases[adapter_name] = tuple(plan.biases)
         if not autocast_adapter_dtype:
-            for _, layer in self.layers():
+            for _, layer in self.adapted_layers():
                 layer.cast_adapter(adapter_name)
         active = adapter_name in self.active_adapters
         self._train(adapter_name, active and not peft_config.inference_mode)
@@ -200,7 +200,7 @@ class BaseTuner(AdapterFiles, nn.Module):
             ValueError: there is no such adapter, or it is merged.
         """
         self._check_known(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+        if any(adapter_name in layer.merged_adapters for _, layer in self.adapted_layers()):
             raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
         self._train_biases(adapter_name, False)
         self._forget(adapter_name)
@@ -235,7 +235,7 @@ class BaseTuner(AdapterFiles, nn.Module):
                     f"`adapter_name` is {names}, but {', '.join(both)} each have their own copy of {name}; "
                     "activate one of them."
                 )
-        if any(layer.merged for _, layer in self.layers()):
+        if any(layer.merged for _, layer in self.adapted_layers()):
             self.unmerge_adapter()
         self._activate(adapter_name, inference_mode)
 
@@ -271,7 +271,7 @@ class BaseTuner(AdapterFiles, nn.Module):
 
     def check_trainable(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter was loaded from a file that serves inference only."""
-        if not all(layer.is_trainable(adapter_name) for _, layer in self.layers()):
+        if not all(layer.is_trainable(adapter_name) for _, layer in self.adapted_layers()):
             raise ValueError(
                 f"Adapter {adapter_name!r} was loaded from a top-k file, which holds too little for training; train "
                 "the one that was saved in full (save_only_topk_weights=False)."
@@ -302,11 +302,11 @@ class BaseTuner(AdapterFiles, nn.Module):
             TypeError: `adapter_names` is a string, or the base is quantised.
         """
         self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
-        merge_layers(self.model, dict(self.layers()), adapter_names, safe_merge)
+        merge_layers(self.model, dict(self.adapted_layers()), adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights of every layer that has adapters merged."""
-        unmerge_layers(dict(self.layers()))
+        unmerge_layers(dict(self.adapted_layers()))
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -321,7 +321,9 @@ class BaseTuner(AdapterFiles, nn.Module):
             ValueError, TypeError: as `merge_adapter`.
         """
         self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
-        merge_layers(self.model, dict(self.layers()), adapter_names, safe_merge, keep=False, progressbar=progressbar)
+        merge_layers(
+            self.model, dict(self.adapted_layers()), adapter_names, safe_merge, keep=False, progressbar=progressbar
+        )
         return self._unload(self.active_adapters if adapter_names is None else adapter_names)
 
     def unload(self) -> nn.Module:
@@ -340,14 +342,14 @@ class BaseTuner(AdapterFiles, nn.Module):
 
     # What is on the model.
 
-    def layers(self) -> Iterator[tuple[str, Any]]:
+    def adapted_layers(self) -> Iterator[tuple[str, Any]]:
         """Walk the adapted layers, by their name in `model`."""
         return ((name, module) for name, module in self.wrappers() if isinstance(module, self.tuner_layer_cls))
 
     @property
     def targeted_module_names(self) -> list[str]:
         """Names of the adapted layers, in `model`."""
-        return [name for name, _ in self.layers()]
+        return [name for name, _ in self.adapted_layers()]
 
     def wrappers(self) -> Iterator[tuple[str, Any]]:
         """Walk the adapted layers and the modules that are saved whole, by their name in `model`."""
