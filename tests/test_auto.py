@@ -1,6 +1,7 @@
 """AutoPeftModel and its kin: which base model they load, and what they refuse to load."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -105,13 +106,90 @@ def test_a_larger_tokenizer_widens_the_embedding(base, tmp_path):
     assert again.get_input_embeddings().weight.shape[0] == VOCABULARY + 3
 
 
+TOKENIZER_CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+
+class Custom(PreTrainedTokenizerFast):
+    pass
+
+Path({mark!r}).touch()
+"""
+CONFIG_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig
+
+class Custom(LlamaConfig):
+    model_type = "of_mine"
+
+Path({mark!r}).touch()
+"""
+MODEL_CODE = """
+from transformers import LlamaForCausalLM
+from .configuration import Custom
+
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = Custom
+"""
+
+
+@pytest.fixture
+def answers_yes(monkeypatch, tmp_path):
+    """Someone who lets every question through; returns the questions."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    # Where transformers keeps the code that it was allowed to run.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return asked
+
+
+def with_tokenizer_code(folder):
+    """Give a folder a tokenizer with code of its own; returns the file that appears when it runs."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"word": 0}, unk_token="word")))
+    tokenizer.save_pretrained(folder)
+    path, mark = folder / "tokenizer_config.json", folder / "tokenizer_ran"
+    own = {"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": [None, "tokenization.Custom"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (folder / "tokenization.py").write_text(TOKENIZER_CODE.format(mark=str(mark)))
+    return mark
+
+
+@pytest.mark.parametrize("kind", [AutoPeftModel, AutoPeftModelForCausalLM])
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}], ids=["default", "distrusted"])
+def test_a_tokenizers_code_is_neither_run_nor_asked_about(options, kind, base, tmp_path, answers_yes):
+    saved(base(tiny_llama, LlamaForCausalLM), tmp_path / "adapter", task_type="CAUSAL_LM")
+    mark = with_tokenizer_code(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        kind.from_pretrained(tmp_path / "adapter", **options)
+    assert not answers_yes
+    assert not mark.exists()
+    assert kind.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+    assert mark.exists()
+    assert not answers_yes
+
+
+def test_a_base_models_code_is_neither_run_nor_asked_about_where_it_is_distrusted(base, tmp_path, answers_yes):
+    saved(base(tiny_llama, LlamaForCausalLM), tmp_path / "adapter", task_type="CAUSAL_LM")
+    folder, mark = tmp_path / "base", tmp_path / "base_ran"
+    (folder / "configuration.py").write_text(CONFIG_CODE.format(mark=str(mark)))
+    (folder / "modeling.py").write_text(MODEL_CODE)
+    own = {"AutoConfig": "configuration.Custom", "AutoModelForCausalLM": "modeling.CustomForCausalLM"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "of_mine", "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=False)
+    assert not answers_yes
+    assert not mark.exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+    assert type(model.get_base_model()).__name__ == "CustomForCausalLM"
+
+
 def test_a_file_cannot_choose_what_is_imported(base, tmp_path):
     saved(base(tiny_llama, LlamaForCausalLM), tmp_path / "adapter")
     rewrite(tmp_path / "adapter", auto_mapping={"parent_library": "antigravity", "base_model_class": "Fly"})
     with pytest.raises(ValueError, match=r"antigravity.*import_allowlist"):
         AutoPeftModel.from_pretrained(tmp_path / "adapter")
-    import sys
-
     assert "antigravity" not in sys.modules
     mapping = {"parent_library": "transformers_of_mine", "base_model_class": "Fly"}
     rewrite(tmp_path / "adapter", auto_mapping=mapping)

@@ -59,7 +59,7 @@ def test_topk_weights_are_the_softmax_without_its_last_entry(tmp_path):
     model = adapted(save_only_topk_weights=True)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    for name, layer in model.base_model.layers():
+    for name, layer in model.base_model.adapted_layers():
         logits = layer.vblora_logits_A["default"].double()
         values, indices = logits.topk(3)
         key = f"base_model.model.{name}.vblora_logits_A"
@@ -99,7 +99,7 @@ def test_half_precision_topk_weights_of_another_writer_load(tmp_path):
 def test_a_nearly_one_hot_adapter_comes_back_from_its_topk_file(tmp_path):
     model = adapted(save_only_topk_weights=True)
     with torch.no_grad():
-        for _, layer in model.base_model.layers():
+        for _, layer in model.base_model.adapted_layers():
             layer.vblora_logits_A["default"].mul_(100)
             layer.vblora_logits_B["default"].mul_(100)
     model.save_pretrained(tmp_path)

@@ -55,9 +55,10 @@ ONLY = [
     ("vblora_triton/ops/*.py", {"torch", "kernels/", "vblora_triton/ops/"}),
     (
         "vblora_triton/*/config.py",
-        {"vblora_triton/hub.py", "vblora_triton/tuner/config.py", "vblora_triton/tuner/method.py"},
+        {f"vblora_triton/{name}.py" for name in ("hub", "tuner/config", "tuner/method", "tuner/seen")},
     ),
     ("vblora_triton/tuner/method.py", set()),
+    ("vblora_triton/tuner/seen.py", set()),
 ]
 
 

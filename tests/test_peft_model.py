@@ -172,7 +172,7 @@ def test_a_safe_merge_that_fails_in_one_layer_changes_none():
         with pytest.raises(ValueError, match="'default'"):
             merge(safe_merge=True)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
-    assert not any(layer.merged for _, layer in model.base_model.layers())
+    assert not any(layer.merged for _, layer in model.base_model.adapted_layers())
 
 
 def test_merging_into_a_tied_weight_is_refused():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from vblora_triton.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
     from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
     from vblora_triton.ops.dispatch import use_backend
     from vblora_triton.optim import parameter_groups
@@ -64,10 +65,12 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "is_patched",
     "ops",
     "parameter_groups",
     "patch_peft",
+    "set_peft_model_state_dict",
     "unpatch_peft",
     "use_backend",
 ]
@@ -79,9 +82,11 @@ _HOMES = {
     "get_layer_status": "status",
     "get_model_status": "status",
     "get_peft_model": "peft_model",
+    "get_peft_model_state_dict": "checkpoint",
     "is_patched": "integrations.peft",
     "parameter_groups": "optim",
     "patch_peft": "integrations.peft",
+    "set_peft_model_state_dict": "checkpoint",
     "unpatch_peft": "integrations.peft",
     "VBLoRAModel": "vblora.model",
     "VeraModel": "vera.model",

@@ -51,7 +51,8 @@ class AutoPeftModel:
             import_allowlist: libraries that the base model's class may come from; transformers by default.
             kwargs: `subfolder`, `autocast_adapter_dtype` and `low_cpu_mem_usage` are for the adapter; `token`,
                 `cache_dir`, `force_download` and `local_files_only` for both; all else (dtype, device_map, ...) for the
-                base model's from_pretrained.
+                base model's from_pretrained. `trust_remote_code` holds for the adapter's tokenizer too, whose code is
+                neither run nor asked about without it.
         Returns:
             The adapted model, of this class's task, or for AutoPeftModel of the adapter's.
         Raises:
@@ -74,7 +75,8 @@ class AutoPeftModel:
                 "(`base_model_name_or_path` is not set); load that yourself and give it to PeftModel.from_pretrained()."
             )
         base = base_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
-        _fit_vocabulary(base, pretrained_model_name_or_path, revision, shared)
+        trusted = bool(kwargs.get("trust_remote_code"))
+        _fit_vocabulary(base, pretrained_model_name_or_path, trusted, shared | {"revision": revision})
         return cls._peft_class.from_pretrained(
             base,
             pretrained_model_name_or_path,
@@ -120,13 +122,13 @@ class AutoPeftModel:
         return found
 
 
-def _fit_vocabulary(base: Any, model_id: str | os.PathLike, revision: str | None, shared: dict[str, Any]) -> None:
+def _fit_vocabulary(base: Any, model_id: str | os.PathLike, trusted: bool, download: dict[str, Any]) -> None:
     """Widen the embedding to a tokenizer that was saved with the adapter, if that one knows more tokens."""
-    if not hasattr(base, "get_input_embeddings") or not hub.has_tokenizer(model_id, revision=revision, **shared):
+    if not hasattr(base, "get_input_embeddings") or not hub.has_tokenizer(model_id, **download):
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, **shared)
+    tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trusted, **download)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from vblora_triton.card import CARD_NAME, model_card
 from vblora_triton.hub import CONFIG_NAME, AdapterFileError
+from vblora_triton.integrations.transformers import ANSWERS, find_adapted
 from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
-from vblora_triton.tuner.layer import BaseTunerLayer
+from vblora_triton.tuner.layer import BaseTunerLayer, as_names
 from vblora_triton.tuner.model import BaseTuner
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -64,8 +65,7 @@ def adapter_state_dict(
             f"Adapter {adapter_name!r} has no values yet: {_some(empty)} is on the meta device; load or "
             "initialise it before saving."
         )
-    packed = tuner.pack(tuner.peft_config[adapter_name], {key: tensor.detach() for key, tensor in tensors.items()})
-    return _apart(packed)
+    return tuner.pack(tuner.peft_config[adapter_name], {key: tensor.detach() for key, tensor in tensors.items()})
 
 
 def save_adapters(
@@ -89,7 +89,7 @@ def save_adapters(
     """
     if Path(save_directory).is_file():
         raise ValueError(f"`save_directory` is {str(save_directory)!r}, which is a file; give a folder.")
-    states = {name: adapter_state_dict(tuner, name, state_dict) for name in adapter_names}
+    states = {name: _apart(adapter_state_dict(tuner, name, state_dict)) for name in adapter_names}
     kind = type(tuner.model)
     for name, tensors in states.items() if write else ():
         config = tuner.peft_config[name]
@@ -101,7 +101,7 @@ def save_adapters(
             changed["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         if any(getattr(config, field) is not None for field in config.own_fields):
             # PEFT passes over what it does not know; whole names say the same to it.
-            changed["target_modules"] = sorted(key for key, layer in tuner.layers() if name in layer.r)
+            changed["target_modules"] = sorted(key for key, layer in tuner.adapted_layers() if name in layer.r)
         folder = Path(save_directory) if name == "default" else Path(save_directory, name)
         write_adapter(folder, tensors, config.to_json(**changed), model_card(config), safe)
 
@@ -143,7 +143,8 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """Read the weights of an adapter's folder, from safetensors or, where there are none, from PEFT's .bin.
 
     Returns:
-        The file that was read, and its tensors by key, on the CPU.
+        The file that was read, and its tensors by key, on the CPU, each in memory of its own: a map of the file would
+        change with it under a running model, and no two parameters may be one.
     Raises:
         AdapterFileError: no such file, or one that cannot be read.
     """
@@ -157,16 +158,17 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             )
     try:
         if path.name == SAFETENSORS_NAME:
-            tensors = load_file(path)
+            tensors = load(path.read_bytes())
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # torch.load lets any error of a broken pickle through
         raise AdapterFileError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+        isinstance(k, str) and isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta
+        for k, t in tensors.items()
     ):
-        raise AdapterFileError(f"{path} holds no dictionary of named tensors.")
-    return path, tensors
+        raise AdapterFileError(f"{path} holds no dictionary of named tensors, dense and with values.")
+    return path, _apart(tensors)
 
 
 def read_adapter(
@@ -184,6 +186,23 @@ def read_adapter(
             range, in one error that names them all; or `is_trainable`, and the file serves inference only.
     """
     path, stored = read_tensors(folder)
+    tensors, inference_only = _fitting(tuner_class, config, expected, stored, str(path))
+    if is_trainable and inference_only:
+        raise AdapterFileError(
+            f"`is_trainable` is True, but the adapter in {str(folder)!r} was saved as top-k weights, which hold too "
+            "little for training; load one saved in full (save_only_topk_weights=False)."
+        )
+    return tensors
+
+
+def _fitting(
+    tuner_class: type[BaseTuner],
+    config: Any,
+    expected: dict[str, tuple[int, ...]],
+    stored: dict[str, Tensor],
+    source: str,
+) -> tuple[dict[str, Tensor], bool]:
+    """Return what the model is to hold, by key, and whether it serves inference only; see `read_adapter`."""
     if getattr(config, "bias", "none") == "all":
         stored = {key: tensor for key, tensor in stored.items() if not _WRAPPER_BIAS.search(key)}
     broken: dict[str, str] = {}
@@ -202,13 +221,8 @@ def read_adapter(
             broken[key] = problem
     problems += [f"{key}: {problem}" for key, problem in sorted(broken.items())]
     if problems:
-        raise AdapterFileError(f"{path} does not fit the model and {CONFIG_NAME}: {_some(problems, '; ')}.")
-    if is_trainable and inference_only:
-        raise AdapterFileError(
-            f"`is_trainable` is True, but the adapter in {str(folder)!r} was saved as top-k weights, which hold too "
-            "little for training; load one saved in full (save_only_topk_weights=False)."
-        )
-    return tensors
+        raise AdapterFileError(f"{source} does not fit the model and {CONFIG_NAME}: {_some(problems, '; ')}.")
+    return tensors, inference_only
 
 
 def refill_config(config: Any, folder: Path) -> Any:
@@ -239,7 +253,7 @@ def fill_adapter(
     """
     dtype: torch.dtype | None = torch.float32
     if not autocast_adapter_dtype:
-        base = next((layer.weight.dtype for _, layer in tuner.layers()), torch.float32)
+        base = next((layer.weight.dtype for _, layer in tuner.adapted_layers()), torch.float32)
         dtype = None if keep_dtype else base if base.is_floating_point else torch.float32
     done = tuner.set_form(adapter_name, tensors)
     with torch.no_grad():
@@ -254,6 +268,66 @@ def fill_adapter(
                 setattr(owner, leaf, nn.Parameter(value, requires_grad=current.requires_grad))
             else:
                 current.copy_(tensors[key])
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str | list[str] = "default",
+    **ignored: Any,
+) -> dict[str, Tensor]:
+    """Return what the file of an adapter holds, by key; on the model's devices, and where they can be the live tensors.
+
+    Args:
+        model: a PeftModel of ours, or one wrapped for running in parallel, or compiled.
+        state_dict: see `adapter_state_dict`.
+        adapter_name: which; the only active one may be given in a list.
+        ignored: what PEFT's function takes beside these.
+    Raises:
+        ValueError: no such adapter, several, or one that cannot be saved in this form.
+        TypeError: `model` is none of ours.
+    """
+    tuner, name = _one_adapter(model, adapter_name)
+    return adapter_state_dict(tuner, name, state_dict)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str | list[str] = "default",
+    **ignored: Any,
+) -> LoadResult:
+    """Give an adapter that is on the model the values that `get_peft_model_state_dict` returned, all or none.
+
+    Args:
+        model, adapter_name, ignored: as there.
+        peft_model_state_dict: file key -> tensor; copied.
+    Raises:
+        AdapterFileError: keys that are missing or unknown, shapes or values that do not fit; nothing has changed.
+        ValueError, TypeError: as there.
+    """
+    tuner, name = _one_adapter(model, adapter_name)
+    stored = {key: tensor.detach().clone() for key, tensor in peft_model_state_dict.items()}
+    expected = tuner.full_shapes(name)
+    tensors, _ = _fitting(type(tuner), tuner.peft_config[name], expected, stored, "`peft_model_state_dict`")
+    fill_adapter(tuner, name, tensors, autocast_adapter_dtype=True, keep_dtype=False)
+    return LoadResult([], [])
+
+
+def _one_adapter(model: nn.Module, adapter_name: str | list[str]) -> tuple[BaseTuner, str]:
+    adapted, names = find_adapted(model), as_names(adapter_name)
+    if adapted is None:
+        raise TypeError(f"`model` is a {type(model).__name__}; give a PeftModel of vblora_triton.")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise TypeError("`model` is sharded by FSDP version 1, which keeps no parameters of its own; use version 2.")
+    if len(names) != 1:
+        raise ValueError(f"`adapter_name` is {adapter_name!r}; give the name of one adapter.")
+    adapted.base_model._check_known(*names)
+    return adapted.base_model, names[0]
+
+
+# accelerate, transformers and trl call them in peft, by these names.
+ANSWERS.update({function.__name__: function for function in (get_peft_model_state_dict, set_peft_model_state_dict)})
 
 
 def _device(tuner: BaseTuner, owner_name: str) -> torch.device:

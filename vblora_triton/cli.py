@@ -205,13 +205,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options["data"] = tuple(options["data"])
     # Not at the top: --help and a mistyped option need not wait for transformers.
     from vblora_triton.finetune import InputError, Options, finetune
+    from vblora_triton.finetune.output import stamp
 
+    before = stamp(options["output"])
     try:
         finetune(Options(**options))
     except InputError as error:
         print(f"vblora-triton finetune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vblora-triton finetune: interrupted; nothing was written", file=sys.stderr)
+        written = "nothing was written" if stamp(options["output"]) == before else "all results had been written"
+        print(f"vblora-triton finetune: interrupted; {written}", file=sys.stderr)
         return 130
     return 0

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from vblora_triton import card, checkpoint, hub, status
-from vblora_triton.integrations.transformers import SeenAsPefts, accept_in_trainer
+from vblora_triton.integrations.transformers import accept_in_trainer
 from vblora_triton.methods import tuner_class
 from vblora_triton.tuner.config import PeftConfig, TaskType
+from vblora_triton.tuner.seen import SeenAsPefts
 
 # The classes of the tasks; task_models.py puts them in.
 TASK_CLASSES: dict[TaskType, type[PeftModel]] = {}
@@ -36,6 +37,7 @@ class PeftModel(SeenAsPefts, nn.Module):
         ValueError, TypeError: the adapter does not fit the model, which is then as it was.
     """
 
+    peft_name = "PeftModel"
     task_type: ClassVar[TaskType | None] = None
     task_heads: ClassVar[tuple[str, ...]] = ()
 

@@ -51,7 +51,7 @@ def test_from_a_layers_forward_to_the_first_launch_it_is_seven_functions(method,
     model.train(mode != "evaluation").requires_grad_(mode != "evaluation")
     if mode == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for _, layer in model.base_model.layers():
+    for _, layer in model.base_model.adapted_layers():
         layer.backend = "triton"
         if mode == "hooked":
             # What somebody else may hold is not written to.

@@ -41,7 +41,7 @@ def test_logits_are_normal_and_the_bank_uniform_in_float32():
     config = VBLoRAConfig(**FIELDS | {"num_vectors": 200}, init_logits_std=0.5, init_vector_bank_bound=0.03)
     model = get_peft_model(tiny_llama().to(torch.bfloat16), config)
     bank = model.base_model.vblora_vector_bank["default"]
-    logits = torch.cat([layer.vblora_logits_A["default"].flatten() for _, layer in model.base_model.layers()])
+    logits = torch.cat([layer.vblora_logits_A["default"].flatten() for _, layer in model.base_model.adapted_layers()])
     assert bank.dtype == logits.dtype == torch.float32
     assert bank.abs().max() <= 0.03
     assert bank.std().item() == pytest.approx(0.03 / 3**0.5, rel=0.05)

@@ -66,7 +66,9 @@ def test_it_holds_no_logits_and_computes_what_they_did(case):
     assert not any("logits" in name for name, _ in again.named_parameters())
     assert any(name.endswith("vblora_topk.default.indices_A") for name, _ in again.named_buffers())
     torch.testing.assert_close(outputs(again), outputs(model), rtol=0, atol=2e-6)
-    for (name, own), (_, expected) in zip(again.base_model.layers(), model.base_model.layers(), strict=True):
+    for (name, own), (_, expected) in zip(
+        again.base_model.adapted_layers(), model.base_model.adapted_layers(), strict=True
+    ):
         delta = own.get_delta_weight("default")
         torch.testing.assert_close(delta, expected.get_delta_weight("default"), rtol=0, atol=1e-6, msg=name)
         torch.testing.assert_close(own._get_lora_matrices("default"), expected._get_lora_matrices("default"))

@@ -57,7 +57,7 @@ def test_forward_and_delta_weights_equal_pefts(family, r):
     assert (outputs(here) - outputs(MODELS[family]())).abs().max() > 1e-3
     torch.testing.assert_close(outputs(here), outputs(there), rtol=0, atol=1e-6)
     layers = dict(there.base_model.model.named_modules())
-    for name, layer in here.base_model.layers():
+    for name, layer in here.base_model.adapted_layers():
         delta = layers[name].get_delta_weight("default")
         assert delta.shape == layer.weight.shape
         torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=0, atol=1e-6)

@@ -217,7 +217,7 @@ def test_a_float64_weight_keeps_its_bits_when_nothing_is_merged_into_it(keep):
         torch.nn.init.normal_(parameter)
     model = get_peft_model(base, VeraConfig(**FIELDS))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _, layer in model.base_model.layers():
+    for _, layer in model.base_model.adapted_layers():
         layer.keep_base_weight = keep
     for change in (model.merge_adapter, model.unmerge_adapter):
         change()

@@ -117,7 +117,7 @@ def test_equal_projections_are_one_tensor_through_moves_casts_copies_and_pickles
             assert held.dtype == torch.float32
             assert torch.equal(held, before)
             assert held.data_ptr() != before.data_ptr()
-        for _, layer in changed.base_model.layers():
+        for _, layer in changed.base_model.adapted_layers():
             assert layer.vera_A is changed.base_model.vera_A
             assert layer.vera_B is changed.base_model.vera_B
     empty = copy.deepcopy(model).to("meta")
@@ -145,7 +145,7 @@ def test_projections_are_registered_once_on_the_model_and_never_trained():
     tuner, names = model.base_model, {"base_model.vera_A.default", "base_model.vera_B.default"}
     assert {name for name, _ in model.named_buffers(remove_duplicate=False) if "vera" in name} == names
     assert {name for name in model.state_dict() if "vera_A" in name or "vera_B" in name} == names
-    for _, layer in tuner.layers():
+    for _, layer in tuner.adapted_layers():
         own = [*layer.state_dict(), *dict(layer.named_buffers()), *dict(layer.named_parameters())]
         assert own
         assert not [name for name in own if "vera_A" in name or "vera_B" in name]

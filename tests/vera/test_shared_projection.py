@@ -24,7 +24,7 @@ def adapted(dtype=torch.bfloat16, checkpointing=None, **options):
     for name, parameter in model.named_parameters():
         if "lambda_b" in name:
             torch.nn.init.normal_(parameter)
-    for _, layer in model.base_model.layers():
+    for _, layer in model.base_model.adapted_layers():
         layer.backend = "triton"
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -154,7 +154,7 @@ def test_adapters_with_other_projections_do_not_meet():
 def test_a_model_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     model, ids = adapted(dtype=torch.float32).eval(), tokens()
-    for _, layer in model.base_model.layers():
+    for _, layer in model.base_model.adapted_layers():
         layer.backend = backend
     compiled = torch.compile(model.base_model, fullgraph=True)
     with torch.no_grad():

@@ -151,7 +151,7 @@ def _layers_to_adapt(base: Base, config: Any) -> dict[str, tuple[int, int]]:
     """Adapt the model without its weights, which checks targets and sizes, and return the layers' sizes."""
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(base.config), config)
-    return {name: (layer.in_features, layer.out_features) for name, layer in model.base_model.layers()}
+    return {name: (layer.in_features, layer.out_features) for name, layer in model.base_model.adapted_layers()}
 
 
 def _fitted(method: Method, layers: dict[str, tuple[int, int]], given: Sequence[str] = ()) -> dict[str, int]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,6 +20,8 @@ from vblora_triton.methods import methods
 BASE = "base"
 REPORT = "report.json"
 PLOT = "loss.png"
+# In the workspace: former results, while new ones take their places.
+OLD = "old"
 
 
 def results() -> list[str]:
@@ -44,22 +49,32 @@ def check_output(output: Path) -> None:
             raise _unwritable(output, error) from None
 
 
+def stamp(output: str | os.PathLike) -> tuple[int, int] | None:
+    """Tell the results in a folder from those of another run; None where there are none."""
+    try:
+        report = os.stat(os.path.join(output, REPORT))
+    except OSError:
+        return None
+    return report.st_ino, report.st_mtime_ns
+
+
 @contextmanager
 def all_or_nothing(output: Path) -> Iterator[Path]:
     """Give a new folder to write results to; when the block ends well they replace those in `output`.
 
-    An exception leaves `output` as it was, and absent if it was absent. Other files in it are never touched.
+    An exception leaves `output` as it was, and absent if it was absent; Ctrl-C while they are moved takes effect when
+    all are. Other files in it are never touched.
 
     Raises:
         InputError: `output` cannot be written; also raised for every OSError in the block.
     """
     with _workspace(output) as workspace:
-        new, old = workspace / "new", workspace / "old"
+        new = workspace / "new"
         try:
             new.mkdir()
-            old.mkdir()
             yield new
-            _replace(new, output, old)
+            with _interrupts_held_back():
+                _replace(new, output, workspace / OLD)
         except (OSError, SafetensorError) as error:
             raise _unwritable(output, error) from error
 
@@ -77,7 +92,7 @@ def _workspace(output: Path) -> Iterator[Path]:
             raise _unwritable(output, error) from None
         yield workspace
     finally:
-        if workspace is not None:
+        if workspace is not None and not os.path.lexists(workspace / OLD):
             shutil.rmtree(workspace, ignore_errors=True)
         # Only what was made here and has stayed empty: rmdir refuses the rest.
         for path in missing:
@@ -86,22 +101,41 @@ def _workspace(output: Path) -> Iterator[Path]:
 
 
 def _replace(new: Path, output: Path, old: Path) -> None:
-    """Move results into the output folder and former ones out of it; undo everything when one move fails."""
-    done: list[tuple[Path, Path]] = []
+    """Move results into the output folder and former ones out of it; undo everything when one move fails.
 
-    def move(source: Path, target: Path) -> None:
-        if os.path.lexists(source):
-            source.rename(target)
-            done.append((source, target))
-
+    The folder `old` is there afterwards only if a move could not be undone: what it holds is nowhere else.
+    """
+    begun: list[tuple[Path, Path]] = []
+    old.mkdir()
     try:
         for name in results():
-            move(output / name, old / name)
-            move(new / name, output / name)
-    except OSError:
-        for source, target in reversed(done):
-            target.rename(source)
+            for source, target in ((output / name, old / name), (new / name, output / name)):
+                if os.path.lexists(source):
+                    begun.append((source, target))
+                    source.rename(target)
+    except BaseException:
+        for source, target in reversed(begun):
+            if not os.path.lexists(source):
+                target.rename(source)
+        old.rmdir()
         raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C take effect when the block has ended. It is only ever raised in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _unwritable(output: Path, error: Exception) -> InputError:

@@ -1,9 +1,12 @@
-"""How transformers.Trainer comes to treat our models as it treats PEFT's: the one place that has to do with it.
+"""How transformers, accelerate and trl come to treat our models as they treat PEFT's: the one place that sees to it.
 
 Trainer asks `isinstance(model, peft.PeftModel)` before it looks for label names and columns in the plain model, saves
-the adapter alone, and resumes from it or loads the best one. Two cases:
+the adapter alone, and resumes from it or loads the best one; accelerate asks the same, and then has a function of
+peft's read or fill the adapter. Two cases:
 
-* peft is installed. Then nothing is changed: an instance of ours answers to the question with yes, see `SeenAsPefts`.
+* peft is installed. Models and configurations of ours answer to the question with yes, see `SeenAsPefts`. Before the
+  first such answer `answer_in_peft` makes our layers and tuners known to peft's abstract classes, and lets peft's
+  functions for state dicts hand a model of ours to ours: theirs would leave out what they do not know, silently.
 * peft is not installed. Then transformers has no class to ask about, and its answer is always no. When the first
   PeftModel is made, `accept_in_trainer` puts `SeenAsPefts` where transformers would have put peft's class.
 
@@ -13,47 +16,48 @@ Importing vblora_triton does neither. Written against transformers 5.10 to 5.23.
 from __future__ import annotations
 
 import sys
-from functools import cache
-from types import new_class
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+from torch import nn
 
-class SeenAsPefts:
-    """A mix-in whose instances are, to `isinstance`, also peft's class of the same name, wherever peft is loaded.
+from vblora_triton.tuner.layer import BaseTunerLayer
+from vblora_triton.tuner.model import BaseTuner
+from vblora_triton.tuner.seen import WHEN_ASKED, SeenAsPefts, loaded_peft, tell
 
-    The type stays ours, and so does every method; only `model.__class__`, which `isinstance` reads where the type
-    itself does not answer, names a class that descends from both.
-    """
-
-    @property
-    def __class__(self) -> type:
-        """Our class, or where peft is loaded a class made from ours and peft's."""
-        own: Any = type(self)
-        theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
-        if theirs is None or issubclass(own, theirs):
-            return own
-        return _class_of_both(own, getattr(sys.modules["peft"], own.__name__, theirs))
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        # FSDP assigns it, and means the type.
-        object.__dict__["__class__"].__set__(self, kind)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle refuses an object whose __class__ is not its type, unless it is told how to make one.
-        return _make_blank, (type(self),), vars(self)
+# Name of a function of peft's -> what answers in its place where the model is ours; checkpoint.py puts them in.
+ANSWERS: dict[str, Callable[..., Any]] = {}
 
 
-@cache
-def _class_of_both(own: Any, theirs: Any) -> type:
-    # Ours comes first, so that whoever looks something up in the class finds ours.
-    names = {"__module__": own.__module__, "__doc__": own.__doc__}
-    return new_class(own.__name__, (own, theirs), exec_body=lambda namespace: namespace.update(names))
+def find_adapted(model: Any) -> Any:
+    """Return the PeftModel of ours that a model is or, wrapped for running in parallel or compiled, holds; or None."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if issubclass(type(module), SeenAsPefts)), None)
 
 
-def _make_blank(kind: Any) -> Any:
-    accept_in_trainer()
-    return kind.__new__(kind)
+def answer_in_peft(peft: Any) -> None:
+    """Let peft's classes and functions know our layers, tuners and models."""
+    known = peft.tuners.tuners_utils
+    known.BaseTunerLayer.register(BaseTunerLayer)
+    known.BaseTuner.register(BaseTuner)
+    for name, ours in ANSWERS.items():
+        theirs = getattr(peft, name)
+        either = _either(theirs, ours)
+        for module in (peft, peft.utils, peft.utils.save_and_load):
+            if getattr(module, name, None) is theirs:
+                setattr(module, name, either)
+
+
+def _either(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(theirs)
+    def answer(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return (theirs if find_adapted(model) is None else ours)(model, *args, **kwargs)
+
+    return answer
+
+
+WHEN_ASKED.append(answer_in_peft)
 
 
 def accept_in_trainer() -> None:
@@ -64,6 +68,8 @@ def accept_in_trainer() -> None:
     """
     from transformers import trainer_utils
 
+    if (peft := loaded_peft()) is not None:
+        tell(peft)
     if not trainer_utils.is_peft_available():
         trainer_utils._is_peft_model = _is_adapted
         _complete_trainer()

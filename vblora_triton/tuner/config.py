@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 from vblora_triton.hub import CONFIG_NAME, AdapterFileError, local_folder
 from vblora_triton.tuner.method import Method
+from vblora_triton.tuner.seen import SeenAsPefts
 
 # Whether a configuration is being read, and not chosen by somebody to whom advice would be of use.
 _READING: ContextVar[bool] = ContextVar("_READING", default=False)
@@ -163,7 +164,7 @@ def _check_layers(layers_to_transform: Any, layers_pattern: Any, target_modules:
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(SeenAsPefts):
     """What every adapter's configuration holds.
 
     Args:
@@ -185,6 +186,8 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+
+    peft_name: ClassVar[str] = "PeftConfig"
 
     # Fields that say how the adapter's file is to be read; those of the file count, also where an adapter is refilled.
     file_fields: ClassVar[tuple[str, ...]] = ()

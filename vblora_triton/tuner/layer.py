@@ -83,8 +83,10 @@ class AdapterState:
     def set_adapter(self: Any, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, trained unless `inference_mode`, and freeze the others."""
         self._active_adapter = adapter_names
-        for adapter in self.available_adapters():
-            self.set_requires_grad(adapter, adapter in self.active_adapters and not inference_mode)
+        active, here = set(as_names(adapter_names)), self.available_adapters()
+        self.set_requires_grad(here, False)
+        if not inference_mode:
+            self.set_requires_grad([adapter for adapter in here if adapter in active])
 
 
 class BaseTunerLayer(AdapterState):
@@ -207,9 +209,9 @@ class BaseTunerLayer(AdapterState):
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze the parameters of adapters; one that cannot be trained stays frozen."""
-        for adapter in as_names(adapter_names):
-            for attribute in self.adapter_layer_names:
-                parameters = getattr(self, attribute)
+        names = as_names(adapter_names)
+        for parameters in (getattr(self, attribute) for attribute in self.adapter_layer_names):
+            for adapter in names:
                 if adapter in parameters:
                     parameters[adapter].requires_grad_(requires_grad and self.is_trainable(adapter))
 

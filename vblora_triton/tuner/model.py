@@ -142,21 +142,20 @@ class BaseTuner(AdapterFiles, nn.Module):
                 f"`bias` is {plan.config.bias!r}, but adapter {biased[0]!r} trains biases of the same model "
                 "already; give this adapter bias='none'."
             )
-        before = list(self.model.parameters())
+        before = [] if self.peft_config else list(self.model.parameters())
         try:
             self._inject(plan, adapter_name, low_cpu_mem_usage)
         except BaseException:
             self._forget(adapter_name)
             raise
-        if not self.peft_config:
-            for parameter in before:
-                parameter.requires_grad_(False)
+        for parameter in before:
+            parameter.requires_grad_(False)
         # The user's own object, so that a field set later, such as save_only_topk_weights, counts when saving.
         vars(peft_config).update(vars(plan.config))
         self.peft_config[adapter_name] = peft_config
         self.trained_biases[adapter_name] = tuple(plan.biases)
         if not autocast_adapter_dtype:
-            for _, layer in self.layers():
+            for _, layer in self.adapted_layers():
                 layer.cast_adapter(adapter_name)
         active = adapter_name in self.active_adapters
         self._train(adapter_name, active and not peft_config.inference_mode)
@@ -202,10 +201,9 @@ class BaseTuner(AdapterFiles, nn.Module):
             ValueError: there is no such adapter, or it is merged.
         """
         self._check_known(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+        if any(adapter_name in layer.merged_adapters for _, layer in self.adapted_layers()):
             raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
-        for name in self.trained_biases[adapter_name]:
-            self._bias(name).requires_grad_(False)
+        self._train_biases(adapter_name, False)
         self._forget(adapter_name)
         del self.peft_config[adapter_name], self.trained_biases[adapter_name]
         if adapter_name in self.active_adapters:
@@ -231,13 +229,14 @@ class BaseTuner(AdapterFiles, nn.Module):
         names = as_names(adapter_name)
         self._check_known(*names)
         for name, wrapper in self.wrappers():
-            both = [adapter for adapter in names if adapter in wrapper.available_adapters()]
-            if isinstance(wrapper, ModulesToSaveWrapper) and len(both) > 1:
+            copies = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else ()
+            both = [adapter for adapter in names if adapter in copies]
+            if len(both) > 1:
                 raise ValueError(
                     f"`adapter_name` is {names}, but {', '.join(both)} each have their own copy of {name}; "
                     "activate one of them."
                 )
-        if any(layer.merged for _, layer in self.layers()):
+        if any(layer.merged for _, layer in self.adapted_layers()):
             self.unmerge_adapter()
         self._activate(adapter_name, inference_mode)
 
@@ -245,12 +244,16 @@ class BaseTuner(AdapterFiles, nn.Module):
         self.active_adapter = adapter_names
         for _, wrapper in self.wrappers():
             wrapper.set_adapter(adapter_names, inference_mode)
-        for adapter in self.peft_config:
-            self._train(adapter, adapter in as_names(adapter_names) and not inference_mode)
+        trained = set() if inference_mode else set(as_names(adapter_names))
+        for adapter in self.trained_biases:
+            self._train_biases(adapter, adapter in trained)
 
     def _train(self, adapter_name: str, requires_grad: bool) -> None:
         for _, wrapper in self.wrappers():
             wrapper.set_requires_grad(adapter_name, requires_grad)
+        self._train_biases(adapter_name, requires_grad)
+
+    def _train_biases(self, adapter_name: str, requires_grad: bool) -> None:
         for name in self.trained_biases[adapter_name]:
             self._bias(name).requires_grad_(requires_grad)
 
@@ -269,7 +272,7 @@ class BaseTuner(AdapterFiles, nn.Module):
 
     def check_trainable(self, adapter_name: str) -> None:
         """Raise ValueError if the adapter was loaded from a file that serves inference only."""
-        if not all(layer.is_trainable(adapter_name) for _, layer in self.layers()):
+        if not all(layer.is_trainable(adapter_name) for _, layer in self.adapted_layers()):
             raise ValueError(
                 f"Adapter {adapter_name!r} was loaded from a top-k file, which holds too little for training; train "
                 "the one that was saved in full (save_only_topk_weights=False)."
@@ -300,11 +303,11 @@ class BaseTuner(AdapterFiles, nn.Module):
             TypeError: `adapter_names` is a string, or the base is quantised.
         """
         self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
-        merge_layers(self.model, dict(self.layers()), adapter_names, safe_merge)
+        merge_layers(self.model, dict(self.adapted_layers()), adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights of every layer that has adapters merged."""
-        unmerge_layers(dict(self.layers()))
+        unmerge_layers(dict(self.adapted_layers()))
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -319,7 +322,9 @@ class BaseTuner(AdapterFiles, nn.Module):
             ValueError, TypeError: as `merge_adapter`.
         """
         self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
-        merge_layers(self.model, dict(self.layers()), adapter_names, safe_merge, keep=False, progressbar=progressbar)
+        merge_layers(
+            self.model, dict(self.adapted_layers()), adapter_names, safe_merge, keep=False, progressbar=progressbar
+        )
         return self._unload(self.active_adapters if adapter_names is None else adapter_names)
 
     def unload(self) -> nn.Module:
@@ -338,19 +343,29 @@ class BaseTuner(AdapterFiles, nn.Module):
 
     # What is on the model.
 
-    def layers(self) -> Iterator[tuple[str, Any]]:
+    def adapted_layers(self) -> Iterator[tuple[str, Any]]:
         """Walk the adapted layers, by their name in `model`."""
         return ((name, module) for name, module in self.wrappers() if isinstance(module, self.tuner_layer_cls))
 
     @property
     def targeted_module_names(self) -> list[str]:
         """Names of the adapted layers, in `model`."""
-        return [name for name, _ in self.layers()]
+        return [name for name, _ in self.adapted_layers()]
 
     def wrappers(self) -> Iterator[tuple[str, Any]]:
         """Walk the adapted layers and the modules that are saved whole, by their name in `model`."""
-        kinds = (self.tuner_layer_cls, ModulesToSaveWrapper)
-        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, kinds))
+        seen, ahead = set(), [("", self.model)]
+        while ahead:
+            name, module = ahead.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            if isinstance(module, (self.tuner_layer_cls, ModulesToSaveWrapper)):
+                yield name, module
+            # Nothing is adapted inside an adapted layer, and what each of its adapters has there can be much.
+            if not isinstance(module, self.tuner_layer_cls):
+                below = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
+                ahead += reversed(below)
 
     def _bias(self, name: str) -> nn.Parameter:
         return self.model.get_parameter(live_bias_name(self.model, name))

@@ -204,7 +204,7 @@ class VBLoRAFiles(AdapterFiles):
 
     def set_form(self: Any, adapter_name: str, tensors: dict[str, Tensor]) -> set[str]:
         """Let the layers hold selections where these are selections, and logits where they are logits."""
-        for name, layer in self.layers():
+        for name, layer in self.adapted_layers():
             keys = [
                 f"base_model.model.{name}.vblora_logits_{matrix}{suffix}"
                 for matrix in "AB"
@@ -222,7 +222,7 @@ class VBLoRAFiles(AdapterFiles):
     def full_shapes(self: Any, adapter_name: str) -> Shapes:
         """Return file key -> shape of an adapter that is on the model, in its full form."""
         shapes = {key: shape for key, shape in super().full_shapes(adapter_name).items() if not _is_topk(key)}
-        for name, layer in self.layers():
+        for name, layer in self.adapted_layers():
             if adapter_name in layer.r:
                 for matrix, shape in zip("AB", layer.full_shapes(adapter_name), strict=True):
                     shapes[f"base_model.model.{name}.vblora_logits_{matrix}"] = shape
