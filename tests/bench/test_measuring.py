@@ -22,6 +22,7 @@ from bench.records import Record
 from bench.runner import Effort, Measurement, interleaved, paired_ratio, quantile
 from bench.suites import measure, work_of
 from bench.workloads import Workload, common_name, make_base, sharing_copy
+from vblora_triton.ops import triton_vblora
 
 ONCE = Effort(least=1, most=1, warm_up=1)
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
@@ -99,9 +100,8 @@ def test_checkpointing_gives_the_same_gradients_and_gets_a_time():
 
 
 def test_a_broken_kernel_is_reported_as_wrong_and_not_timed(monkeypatch):
-    from vblora_triton.kernels import expand
-
-    launch = expand.launch_expand_fwd
+    kernels = triton_vblora._kernels()
+    launch = kernels.launch_expand_fwd
 
     def broken(*arguments):
         result = launch(*arguments)
@@ -109,7 +109,7 @@ def test_a_broken_kernel_is_reported_as_wrong_and_not_timed(monkeypatch):
         arguments[-1][0, :16] = 100
         return result
 
-    monkeypatch.setattr(expand, "launch_expand_fwd", broken)
+    monkeypatch.setattr(kernels, "launch_expand_fwd", broken)
     records = run(tiny("layer")[0], "fwd_bwd", [BY_NAME[name] for name in ("base", "ours", "ours_graph", "peft")])
     for name in ("ours", "ours_graph"):
         record = records[name]
