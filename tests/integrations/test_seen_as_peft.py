@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import _get_model_state_dict, _set_model_state_dict
 from peft.tuners import tuners_utils
+from safetensors.torch import load_file
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
 from tests.models import adapted_by, assert_unchanged, enlarge, outputs, snapshot, tiny_bert, tiny_llama
@@ -119,6 +120,18 @@ def test_pefts_own_models_are_still_pefts_to_answer_for(kind):
     assert all((tensor == 1).all() for tensor in peft.get_peft_model_state_dict(theirs).values())
     with pytest.raises(TypeError, match="vblora_triton"):
         get_peft_model_state_dict(theirs)
+
+
+def test_pefts_own_model_around_one_of_ours_is_pefts_to_answer_for(tmp_path):
+    outer = torch.nn.Module()
+    outer.encoder, outer.head = adapted("vblora"), torch.nn.Linear(4, 4)
+    theirs = peft.get_peft_model(outer, peft.LoraConfig(r=2, target_modules=["head"]))
+    assert is_peft_model(outer.encoder)
+    found = peft.get_peft_model_state_dict(theirs)
+    theirs.save_pretrained(tmp_path)
+    assert found.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {f"base_model.model.head.lora_{matrix}.weight" for matrix in "AB"} <= found.keys()
+    assert peft.set_peft_model_state_dict(theirs, found).unexpected_keys == []
 
 
 @pytest.mark.parametrize("method", METHODS)

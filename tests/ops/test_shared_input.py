@@ -1,6 +1,7 @@
 """Layers that read one x hand its gradient from one to the next: the same gradients, without autograd's additions."""
 
 import threading
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -313,3 +314,16 @@ def test_a_batch_of_gradients_and_a_second_derivative_are_refused():
         torch.autograd.grad(y, x, torch.ones(2, *y.shape, device=DEVICE), is_grads_batched=True, retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+def test_another_thread_in_a_copy_of_the_context_shares_nothing():
+    x = torch.randn(3, 4, requires_grad=True) * 2
+    found = []
+    with shared_input.shared_inputs():
+        assert shared_input.newest_alias(x) is x
+        run = copy_context().run
+        thread = threading.Thread(target=run, args=(lambda: found.append(shared_input.newest_alias(x)),))
+        thread.start()
+        thread.join()
+        assert not shared_input.find_value(x, x, x.dtype)[0]
+    assert found == [None]

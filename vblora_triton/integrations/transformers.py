@@ -31,9 +31,18 @@ ANSWERS: dict[str, Callable[..., Any]] = {}
 
 
 def find_adapted(model: Any) -> Any:
-    """Return the PeftModel of ours that a model is or, wrapped for running in parallel or compiled, holds; or None."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return next((module for module in modules if issubclass(type(module), SeenAsPefts)), None)
+    """Return the PeftModel of ours that a model is or, wrapped for running in parallel or compiled, holds; or None.
+
+    One of peft's own answers for itself, whatever is in it.
+    """
+    peft = loaded_peft()
+    theirs = () if peft is None else (peft.PeftModel, peft.PeftMixedModel)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if issubclass(type(module), SeenAsPefts):
+            return module
+        if issubclass(type(module), theirs):
+            return None
+    return None
 
 
 def answer_in_peft(peft: Any) -> None:

@@ -7,7 +7,9 @@ each hands x on, as an alias that the next one reads in the place of x:
     dx <- q <- dx <- k <- dx <- v               backward: each adds its own to what it receives, in place
 
 Which layers these are nobody has to know before: whoever comes next with the very same x takes the newest alias. A
-layer whose result is not used hands on what it receives. The gradients are those of x, to rounding.
+layer whose result is not used hands on what it receives. The gradients are those of x, to rounding. Hooks on tensors
+and modules see what they always do; one on the grad_fn of y sees the sum that it takes part in, in memory that the next
+layer adds to.
 
 And values: VeRA's layers read x by one A, and project it once.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ class _Shared:
     """The last x that a layer read, its newest alias, and what was made of it, by what it was made with."""
 
     def __init__(self) -> None:
+        self.thread = get_ident()
         self.x: TensorState | None = None
         self.alias: Tensor | None = None
         self.values: dict[Any, Any] = {}
@@ -42,8 +46,14 @@ class _Shared:
             self.x, self.alias, self.values = TensorState.of(x), None, {}
 
 
-# Of the forward pass of a model that is under way in this thread; None outside of one.
+# Of the forward pass of a model that is under way; None outside of one.
 _shared: ContextVar[_Shared | None] = ContextVar("shared_input", default=None)
+
+
+def _of_this_thread() -> _Shared | None:
+    shared = _shared.get()
+    # A thread may have been started in a copy of the context, and run at the same time.
+    return shared if shared is not None and shared.thread == get_ident() else None
 
 
 @contextmanager
@@ -62,7 +72,7 @@ def newest_alias(x: Tensor) -> Tensor | None:
     Call `hand_on` after it. Outside of a model's forward there is nothing: so none is there when checkpointing
     repeats a layer. Nor of a leaf: a backward pass for each of its readers alone keeps nothing of the others.
     """
-    shared = _shared.get()
+    shared = _of_this_thread()
     if shared is None or x.grad_fn is None:
         return None
     shared.meets(x)
@@ -71,7 +81,7 @@ def newest_alias(x: Tensor) -> Tensor | None:
 
 def hand_on(alias: Tensor) -> None:
     """Keep the alias that a layer made of the x of the last `newest_alias`."""
-    shared = _shared.get()
+    shared = _of_this_thread()
     if shared is not None:
         shared.alias = alias
 
@@ -92,13 +102,15 @@ def may_share_values(x: Tensor, base: Any) -> bool:
     """
     # A compiler finds equal products itself, and what a mode looks at may be replayed in another order.
     return (
-        is_plain(x, base if isinstance(base, Tensor) else None) and _shared.get() is not None and not x.is_inference()
+        is_plain(x, base if isinstance(base, Tensor) else None)
+        and _of_this_thread() is not None
+        and not x.is_inference()
     )
 
 
 def find_value(x: Tensor, made_with: Tensor, dtype: torch.dtype) -> tuple[bool, Any]:
     """Return whether something was made of this very x with that tensor for results in that dtype; and what."""
-    shared = _shared.get()
+    shared = _of_this_thread()
     if shared is None:
         return False, None
     shared.meets(x)
@@ -108,7 +120,7 @@ def find_value(x: Tensor, made_with: Tensor, dtype: torch.dtype) -> tuple[bool, 
 
 def keep_value(made_with: Tensor, dtype: torch.dtype, value: Any) -> None:
     """Keep what was made of the x of the last `find_value`, until another x comes or the context ends."""
-    shared = _shared.get()
+    shared = _of_this_thread()
     if shared is not None:
         # With the tensor, so that its id is not another's.
         shared.values[id(made_with), dtype] = made_with, value
