@@ -12,6 +12,14 @@ from vblora_triton.finetune import InputError
 from vblora_triton.finetune import output as outputs
 
 
+@pytest.fixture
+def ctrl_c():
+    """Let SIGINT raise KeyboardInterrupt, also in a process that was started to ignore it, as in the background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
@@ -121,6 +129,7 @@ def test_former_results_are_kept_somewhere_when_they_cannot_be_put_back(tmp_path
     assert len(before) == len([path for path in tmp_path.rglob("*") if path.is_file() and path.read_text() == "old"])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("first", range(5))
 def test_ctrl_c_at_every_move_leaves_the_new_results(tmp_path, monkeypatch, first):
     with_old_results(tmp_path)
@@ -139,6 +148,7 @@ def test_ctrl_c_at_every_move_leaves_the_new_results(tmp_path, monkeypatch, firs
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_at_any_line_leaves_all_old_results_or_all_new_ones(tmp_path):
     """A signal of the system's own at each line that runs between the last write and the end."""
 
