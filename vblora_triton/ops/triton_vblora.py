@@ -105,10 +105,9 @@ def _linear_bwd(
         )  # fmt: skip
         if ds is not None:
             dropout, dx_rows = kernels.Dropout.of(dropout_p, seed), None if dx is None else rows_of(dx)
-            ds = kernels.launch_sum_partials(ds)
             dA = kernels.launch_shrink_bwd(
                 x_rows,
-                ds,
+                kernels.launch_sum_partials(ds),
                 bank,
                 indices_A,
                 weights_A,
