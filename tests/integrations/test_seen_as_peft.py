@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 from accelerate.utils import is_peft_model
 from accelerate.utils.fsdp_utils import _get_model_state_dict, _set_model_state_dict
-from peft.tuners import tuners_utils
 from safetensors.torch import load_file
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 
@@ -24,6 +22,8 @@ from vblora_triton import (
     VeraConfig,
     get_peft_model_state_dict,
 )
+
+peft = pytest.importorskip("peft")
 
 FIELDS = {"r": 3, "target_modules": ["query", "value"], "modules_to_save": ["classifier"], "bias": "all"}
 BANK = {"num_vectors": 10, "vector_length": 16}
@@ -138,12 +138,12 @@ def test_pefts_own_model_around_one_of_ours_is_pefts_to_answer_for(tmp_path):
 def test_layers_tuners_and_configurations_are_pefts_to_isinstance(method):
     model = adapted(method)
     layer = next(module for module in model.modules() if type(module).__name__ == "Linear" and hasattr(module, "r"))
-    assert isinstance(layer, tuners_utils.BaseTunerLayer)
-    assert isinstance(model.base_model, tuners_utils.BaseTuner)
+    assert isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)
+    assert isinstance(model.base_model, peft.tuners.tuners_utils.BaseTuner)
     config = model.active_peft_config
     assert isinstance(config, (peft.PeftConfig, getattr(peft, type(config).__name__)))
     assert not isinstance(config, peft.LoraConfig)
-    assert not isinstance(torch.nn.Linear(2, 2), tuners_utils.BaseTunerLayer)
+    assert not isinstance(torch.nn.Linear(2, 2), peft.tuners.tuners_utils.BaseTunerLayer)
     for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert type(again) is type(config)
         assert again == config

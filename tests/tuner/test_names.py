@@ -3,13 +3,14 @@
 import re
 from pathlib import Path
 
-import peft
 import pytest
 import transformers
 from transformers import GPT2Model, LlamaModel
 
 from tests.models import tiny_gpt2, tiny_llama
 from vblora_triton import VBLoRAConfig, VeraConfig, get_peft_model
+
+peft = pytest.importorskip("peft")
 
 FIELDS = {"r": 2, "target_modules": ["q_proj"]}
 METHODS = {"vblora": (VBLoRAConfig, FIELDS | {"num_vectors": 10, "vector_length": 16}), "vera": (VeraConfig, FIELDS)}
