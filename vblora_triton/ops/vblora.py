@@ -74,7 +74,7 @@ def vblora_linear(
         vector_bank: (num_vectors, b).
         topk: 1 <= topk <= num_vectors.
         dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`; the kernels round it
-            to a multiple of 2^-16, and scale by what they rounded to.
+            to a multiple of 2^-15, and scale by what they rounded to.
         backend: "auto", "triton", "cpu" or "reference"; see `use_backend`.
     Returns:
         (*batch, out), in the dtype of `base`, or of `x` where there is none or it is a FrozenLinear.

@@ -88,7 +88,7 @@ def vera_linear(
         A: (r, at least in); its first columns are used, where they are.
         B: (at least out, r); its first rows are used, where they are.
         dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`; the kernels round it
-            to a multiple of 2^-16, and scale by what they rounded to.
+            to a multiple of 2^-15, and scale by what they rounded to.
         backend: "auto", "triton", "cpu" or "reference"; see `use_backend`.
         projected: of x, by `vera_project`, where there is one.
     Returns:
