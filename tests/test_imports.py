@@ -29,7 +29,7 @@ SOURCES = [
 ORDER = [
     ["kernels"],
     ["vblora_triton/ops"],
-    ["vblora_triton/hub"],
+    ["vblora_triton/errors", "vblora_triton/hub"],
     ["vblora_triton/tuner"],
     ["vblora_triton/vblora", "vblora_triton/vera"],
     ["vblora_triton/methods"],
@@ -40,6 +40,7 @@ ORDER = [
     ["vblora_triton/peft_model"],
     ["vblora_triton/auto", "vblora_triton/finetune", "vblora_triton/integrations"],
     ["vblora_triton/__init__"],
+    ["vblora_triton/commands"],
     ["vblora_triton/cli"],
     ["vblora_triton/__main__"],
     ["tests/tolerance"],

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vblora_triton.errors import InputError
+
 # Held out: a tenth, but no more than 256 sequences, so that a large text does not cost minutes of evaluation.
 HELD_OUT_SHARE = 10
 MAX_HELD_OUT = 256
@@ -23,10 +25,6 @@ STANDARD_LIBRARY = (
     "socket socketserver statistics string subprocess tarfile tempfile textwrap threading timeit tokenize trace "
     "traceback tracemalloc typing uuid warnings wave weakref zipfile"
 )
-
-
-class InputError(ValueError):
-    """What was asked for cannot be done; the message says what is wrong and what would work."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from vblora_triton.errors import InputError
 from vblora_triton.finetune.base import PRETRAINING_STEPS, Base, as_input_error, check_fits, embedded_base, named_base
-from vblora_triton.finetune.data import InputError, Sequences, python_source, read_texts, split
+from vblora_triton.finetune.data import Sequences, python_source, read_texts, split
 from vblora_triton.finetune.output import check_output
 from vblora_triton.methods import methods
 from vblora_triton.ops import backends_that_run, use_backend

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vblora_triton.finetune.data import InputError
+from vblora_triton.errors import InputError
 from vblora_triton.methods import methods
 
 BASE = "base"

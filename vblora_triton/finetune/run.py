@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vblora_triton.errors import InputError
 from vblora_triton.finetune import base as bases
 from vblora_triton.finetune import output as outputs
 from vblora_triton.finetune import report as reports
-from vblora_triton.finetune.data import InputError
 from vblora_triton.finetune.options import Options, Plan, check
 from vblora_triton.finetune.training import held_out_loss, logits, step_milliseconds, train
 from vblora_triton.ops import backends_that_run, use_backend
