@@ -71,37 +71,14 @@ def test_backward_launches_only_what_is_needed(needed, expected):
 
 
 @torch.no_grad()
-def test_evaluation_selects_once_until_the_frozen_logits_change():
-    layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(16, 32, device=DEVICE)
-    logits = layer.vblora_logits_A["default"]
-    select, products = FORWARD[:1], FORWARD[1:]
-    assert launches(lambda: layer(x)) == select + products
-    assert launches(lambda: layer(x)) == products
-    changes = {
-        "an optimizer's step": lambda: logits.add_(torch.randn_like(logits)),
-        "copy_": lambda: logits.copy_(torch.randn_like(logits)),
-        "load_state_dict": lambda: layer.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}),
-        "a state_dict assigned": lambda: layer.load_state_dict(
-            {k: torch.randn_like(v) for k, v in layer.state_dict().items()}, assign=True
-        ),
-        "new memory": lambda: setattr(logits, "data", torch.randn_like(logits)),
-        ".data, then eval()": lambda: (logits.data.copy_(torch.randn_like(logits)), layer.eval()),
-        "another dtype": lambda: layer.double().float(),
-    }
-    for name, change in changes.items():
-        change()
-        layer.requires_grad_(False)
-        logits = layer.vblora_logits_A["default"]
-        assert launches(lambda: layer(x)) == select + products, name
-        fresh = ops.vblora_linear(
-            x, layer.base_layer(x), logits, layer.vblora_logits_B["default"], layer.vblora_vector_bank["default"], 2
-        )
-        torch.testing.assert_close(layer(x), fresh)
-        assert launches(lambda: layer(x)) == products, name
+def test_evaluation_takes_the_three_launches_of_training_in_every_call():
+    # What logits select is not kept: a write through .data would make it false, and nothing tells of such a write.
+    for M in (1, 16, 20):
+        layer, x = adapted_linear().eval().requires_grad_(False), torch.randn(M, 32, device=DEVICE)
+        assert [launches(lambda x=x, layer=layer: layer(x)) for _ in range(3)] == [FORWARD] * 3
 
 
-def test_logits_that_are_trained_are_never_remembered():
-    # A fused optimizer writes to them without counting a version.
+def test_evaluation_follows_logits_that_a_fused_optimizer_writes_to():
     layer, x = adapted_linear().eval(), torch.randn(20, 32, device=DEVICE)
     optimizer = torch.optim.AdamW([p for n, p in layer.named_parameters() if "logits" in n], lr=1.0, fused=True)
     for _ in range(4):
@@ -135,7 +112,7 @@ def test_fake_tensors_leave_nothing_behind():
     assert torch.equal(layer(x), expected)
 
 
-def test_training_and_gradients_in_evaluation_never_use_a_remembered_selection():
+def test_training_and_gradients_in_evaluation_take_three_launches():
     layer, x = adapted_linear(), torch.randn(20, 32, device=DEVICE)
     for mode in (True, False):
         layer.train(mode)

@@ -12,7 +12,6 @@ from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.linear import AdaptedLinear, parameter_of
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vblora.files import TopkLogits, logits_shapes
-from vblora_triton.vblora.selection import SelectionCache
 
 
 class VBLoRALayer(BaseTunerLayer):
@@ -170,7 +169,6 @@ class Linear(AdaptedLinear, VBLoRALayer):
     ) -> None:
         # nn.Linear's own __init__ would make a weight of its own.
         nn.Module.__init__(self)
-        self._selections = SelectionCache()
         VBLoRALayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.train(base_layer.training)
@@ -187,20 +185,7 @@ class Linear(AdaptedLinear, VBLoRALayer):
             own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
             return ops.vblora_linear_selected(x, base, *own.selection(), bank, **options)
         logits = (parameter_of(self, "vblora_logits_A", adapter), parameter_of(self, "vblora_logits_B", adapter))
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            selection = self._selections.get(adapter, *logits, self.topk[adapter], self.backend)
-            if selection is not None:
-                return ops.vblora_linear_selected(x, base, *selection, bank, **options)
         return ops.vblora_linear(x, base, *logits, bank, self.topk[adapter], **options)
-
-    def train(self, mode: bool = True) -> Linear:
-        """Switch between training and evaluation; what evaluation remembers of the logits is forgotten."""
-        self._selections.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._selections.clear()
-        return super()._apply(*args, **kwargs)
 
     def _get_low_rank_matrix(self, logits: Tensor, vblora_vector_bank: Tensor, topk: int) -> Tensor:
         """Mix, for each row of logits (*rows, num_vectors), its top-k bank vectors: (*rows, vector_length)."""
