@@ -167,11 +167,12 @@ def test_kernels_does_not_shadow_hugging_faces_package():
     assert (ROOT / "vblora_triton" / "kernels").readlink() == Path("../kernels")
 
 
-def test_importing_the_package_is_light_and_asks_no_gpu():
+def test_importing_the_package_is_light_and_asks_no_gpu_and_patching_peft_imports_no_compiler():
     heavy = {"torch", "transformers", "huggingface_hub", "triton", "peft", "bitsandbytes"}
     code = (
         f"import sys, vblora_triton; print({heavy} & sys.modules.keys()); "
-        f"import torch; import vblora_triton.ops; print('triton' in sys.modules, torch.cuda.is_initialized())"
+        f"import torch; import vblora_triton.ops; print('triton' in sys.modules, torch.cuda.is_initialized()); "
+        f"import vblora_triton.integrations.peft; print('torch._dynamo' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split("\n")[:2] == ["set()", "False False"]
+    assert result.stdout.split("\n")[:3] == ["set()", "False False", "False"]

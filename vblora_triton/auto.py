@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 from vblora_triton import hub, task_models
+from vblora_triton.card import is_path
 from vblora_triton.hub import AdapterFileError
 from vblora_triton.peft_model import PeftModel
 from vblora_triton.tuner.config import PeftConfig, TaskType
@@ -74,7 +76,8 @@ class AutoPeftModel:
                 f"The configuration of {str(pretrained_model_name_or_path)!r} does not say where its base model is "
                 "(`base_model_name_or_path` is not set); load that yourself and give it to PeftModel.from_pretrained()."
             )
-        base = base_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        source = _base_source(config.base_model_name_or_path, pretrained_model_name_or_path, own.get("subfolder"))
+        base = base_class.from_pretrained(source, revision=config.revision, **kwargs)
         trusted = bool(kwargs.get("trust_remote_code"))
         _fit_vocabulary(base, pretrained_model_name_or_path, trusted, shared | {"revision": revision})
         return cls._peft_class.from_pretrained(
@@ -120,6 +123,25 @@ class AutoPeftModel:
                 f"The adapter's `auto_mapping` names {name!r} of {library!r}, which is no model class."
             )
         return found
+
+
+def _base_source(name: str, model_id: str | os.PathLike, subfolder: str | None) -> str:
+    """Return where the base model is: a path such as ../base is meant from the adapter's own folder, if it is there.
+
+    Raises:
+        AdapterFileError: the name is a path, and nothing is there.
+    """
+    folder = Path(model_id, subfolder or "")
+    beside = folder / name
+    if name.startswith(("./", "../")) and beside.is_dir():
+        return str(beside)
+    if is_path(name) and not Path(name).expanduser().is_dir():
+        raise AdapterFileError(
+            f"The base model of {str(folder)!r} is not where its {hub.CONFIG_NAME} says (`base_model_name_or_path` is "
+            f"{name!r}); move it back there, write its new place into that file, or load it yourself and call "
+            f"PeftModel.from_pretrained(base_model, {str(folder)!r})."
+        )
+    return name
 
 
 def _fit_vocabulary(base: Any, model_id: str | os.PathLike, trusted: bool, download: dict[str, Any]) -> None:

@@ -202,3 +202,19 @@ def test_an_interrupted_command_says_whether_there_are_results(written, words, t
     monkeypatch.setattr("vblora_triton.finetune.finetune", interrupted_run)
     assert finetune("--output", tmp_path) == 130
     assert words in capsys.readouterr().err
+
+
+def test_results_that_were_private_stay_private(tmp_path):
+    def write(new):
+        (new / "adapter").mkdir()
+        for name in ("adapter/weights", "report.json"):
+            (new / name).write_text("new")
+
+    with outputs.all_or_nothing(tmp_path) as new:
+        write(new)
+    (tmp_path / "adapter").chmod(0o700)
+    (tmp_path / "report.json").chmod(0o600)
+    with outputs.all_or_nothing(tmp_path) as new:
+        write(new)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("adapter", "report.json")]
+    assert modes == [0o700, 0o600]

@@ -23,7 +23,7 @@ from tests.finetune.case import (
     save_model,
     save_texts,
 )
-from vblora_triton import PeftModel
+from vblora_triton import AdapterFileError, AutoPeftModelForCausalLM, PeftModel
 from vblora_triton.finetune import options
 from vblora_triton.finetune.data import python_source
 from vblora_triton.kernels.launch import counted
@@ -213,7 +213,9 @@ def test_base_may_be_in_16_bits_while_the_adapter_stays_float32(model_dir, texts
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_default_model_is_trained_saved_and_found_again_from_the_adapter(tmp_path, monkeypatch, capsys):
+def test_default_model_is_trained_saved_and_found_again_wherever_they_are_moved(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     few = ["--pretraining-steps", "2", "--steps", "2", "--batch-size", "2", "--seq-len", "32"]
     assert finetune("--output", "out", *few) == 0
@@ -226,7 +228,7 @@ def test_default_model_is_trained_saved_and_found_again_from_the_adapter(tmp_pat
     assert report["max_abs_diff"]["reloaded_full"] == 0
     source = torch.tensor(list("\n".join(python_source()).encode()))
     held = source[: len(source) // 32 * 32].view(-1, 32)[-256:]
-    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    base = AutoModelForCausalLM.from_pretrained(Path("out/adapter", config["base_model_name_or_path"]))
     assert base.config.use_cache
     assert report["loss_before"] == pytest.approx(loss_of(base, held), rel=1e-5)
     assert report["loss_after"] == pytest.approx(
@@ -235,6 +237,19 @@ def test_default_model_is_trained_saved_and_found_again_from_the_adapter(tmp_pat
     assert f"{report['loss_after']:.4f}" in shown.out
     assert "0 (exactly)" in shown.out
     assert f"{report['bytes']['topk']:,}" in shown.out
+    # Moved away, it is whole: the base model is found from the adapter, and its text can be read and written.
+    Path("out").rename("elsewhere")
+    moved = AutoPeftModelForCausalLM.from_pretrained("elsewhere/adapter")
+    assert report["loss_after"] == pytest.approx(loss_of(moved, held), rel=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained("elsewhere/base")
+    text = "Größe\n\tdef f( x ): don't 🙂 "
+    given = tokenizer(text, return_tensors="pt")
+    assert given["input_ids"].tolist() == [list(text.encode())]
+    written = moved.generate(**given, max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(written[0, : len(text.encode())]) == text
+    Path("elsewhere/base").rename("lost")
+    with pytest.raises(AdapterFileError, match=r"elsewhere/adapter.*'\.\./base'.*PeftModel\.from_pretrained"):
+        AutoPeftModelForCausalLM.from_pretrained("elsewhere/adapter")
     # Nothing but the two progress bars.
     lines = [line for line in re.split(r"[\r\n]+", shown.err) if line.strip()]
     assert lines

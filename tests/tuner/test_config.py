@@ -90,3 +90,16 @@ def test_a_replaced_file_has_the_permissions_of_a_plain_one(tmp_path):
     with replacing(tmp_path / "replaced") as temporary:
         temporary.write_text("")
     assert (tmp_path / "replaced").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_a_file_that_is_saved_over_keeps_its_permissions(mode, tmp_path):
+    config = VBLoRAConfig()
+    config.save_pretrained(tmp_path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    path = tmp_path / "adapter_config.json"
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(mode)
+    config.save_pretrained(tmp_path)
+    assert path.stat().st_mode & 0o777 == mode

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from vblora_triton.errors import InputError
@@ -81,8 +89,25 @@ def as_input_error(what: str, advice: str = "") -> Iterator[None]:
         raise InputError(f"{what}{one_line(error)}{advice}") from error
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the bytes of UTF-8, each with its own value as its id, and no others."""
+    # The format has a printable character for each byte: the byte's own, or where that cannot be printed one from 256.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def embedded_base() -> Base:
-    """Describe the default model: a Llama of 3.5 M parameters over UTF-8 bytes, without a tokenizer."""
+    """Describe the default model: a Llama of 3.5 M parameters over UTF-8 bytes."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=256,
@@ -114,6 +139,7 @@ def train_embedded(config: Any, folder: str, *, dtype: torch.dtype, steps: int, 
     )
     with as_input_error("The base model cannot be kept in the temporary folder: ", " Make room, or set TMPDIR."):
         model.to(dtype).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
 
 
 def named_base(name: str) -> Base:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ def all_or_nothing(output: Path) -> Iterator[Path]:
         try:
             new.mkdir()
             yield new
+            _keep_permissions(new, output)
             with _interrupts_held_back():
                 _replace(new, output, workspace / OLD)
         except (OSError, SafetensorError) as error:
@@ -98,6 +100,15 @@ def _workspace(output: Path) -> Iterator[Path]:
         for path in missing:
             with suppress(OSError):
                 path.rmdir()
+
+
+def _keep_permissions(new: Path, output: Path) -> None:
+    """Give each result the permissions of the one whose place it takes: what was private stays private."""
+    for path in new.rglob("*"):
+        former = output / path.relative_to(new)
+        # A link's own say nothing.
+        if former.exists() and former.is_dir() == path.is_dir():
+            path.chmod(stat.S_IMODE(former.stat().st_mode))
 
 
 def _replace(new: Path, output: Path, old: Path) -> None:

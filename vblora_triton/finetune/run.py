@@ -175,8 +175,8 @@ def _save(plan: Plan, model: PeftModel, folder: Path, source: str) -> None:
     if plan.base.source is None:
         # Contents alone: some of its files are private to this user.
         shutil.copytree(source, folder / outputs.BASE, copy_function=shutil.copyfile)
-        # Where the copy will be found when the folder is in its place.
-        config.base_model_name_or_path = str((plan.output / outputs.BASE).absolute())
+        # From the adapter's own folder, so that the results can be moved together.
+        config.base_model_name_or_path = f"../{outputs.BASE}"
     # The full form last, as which the model is trained.
     for form in reversed(plan.method.forms):
         vars(config).update(form.fields)

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -367,8 +368,9 @@ _looked_at = WeakTensorKeyDictionary()
 _hooks: list[Any] = []
 
 
-# Values cannot be looked at in a graph: torch.compile leaves it here, as it does in PEFT's own layer.
-@torch.compiler.disable
+# Values cannot be looked at in a graph: torch.compile leaves it here, as it does in PEFT's own layer. This is
+# torch.compiler.disable, but for importing the compiler at once.
+@_disable_dynamo
 def _refuse_topk(layer: Any, adapter: str) -> None:
     """Let PEFT look at an adapter's logits if they may have changed."""
     logits = layer.vblora_logits_A[adapter]
