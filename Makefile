@@ -11,7 +11,7 @@ INSTALLED := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 OUT ?= build/gpu
 ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_models.py tests/test_checkpoint.py \
 	tests/test_auto.py tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora \
-	tests/vera tests/documented tests/integrations
+	tests/vera tests/documented tests/integrations tests/exchange
 
 .PHONY: help demo test test-without-peft check fix bench report kernels-report forecast host peft-suite gpu clean
 

@@ -39,6 +39,7 @@ ORDER = [
     ["vblora_triton/task_models"],
     ["vblora_triton/peft_model"],
     ["vblora_triton/auto", "vblora_triton/finetune", "vblora_triton/integrations"],
+    ["vblora_triton/exchange"],
     ["vblora_triton/__init__"],
     ["vblora_triton/commands"],
     ["vblora_triton/cli"],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from vblora_triton.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+    from vblora_triton.exchange.convert import convert_to_lora
     from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
     from vblora_triton.ops.dispatch import use_backend
     from vblora_triton.optim import parameter_groups
@@ -62,6 +63,7 @@ __all__ = [
     "VBLoRAModel",
     "VeraConfig",
     "VeraModel",
+    "convert_to_lora",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
@@ -78,6 +80,7 @@ __all__ = [
 # Imported when first asked for: they need torch and transformers, which take seconds.
 _HOMES = {
     "use_backend": "ops.dispatch",
+    "convert_to_lora": "exchange.convert",
     "PeftModel": "peft_model",
     "get_layer_status": "status",
     "get_model_status": "status",

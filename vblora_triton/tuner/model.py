@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vblora_triton.ops.shared_input import shared_inputs
+from vblora_triton.tuner.contents import AdapterContents
 from vblora_triton.tuner.file_keys import AdapterFiles, live_bias_name
 from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan
 from vblora_triton.tuner.layer import (
@@ -21,10 +22,11 @@ from vblora_triton.tuner.layer import (
 from vblora_triton.tuner.merging import merge_layers, unload_model, unmerge_layers
 
 
-class BaseTuner(AdapterFiles, nn.Module):
+class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
     """A model with adapters on it, kept as `model` and changed in place.
 
-    A subclass sets the class attributes and says what one adapter is made of; see `AdapterFiles` for its files.
+    A subclass sets the class attributes and says what one adapter is made of; see `AdapterFiles` for its files, and
+    `AdapterContents` for what else can be made of them.
 
     prefix: what the names of the method's parameters begin with.
     config_class, tuner_layer_cls: the classes of its configuration and of its layers, whatever they adapt.

@@ -12,6 +12,7 @@ from vblora_triton.tuner.injection import InjectionPlan
 from vblora_triton.tuner.model import BaseTuner
 from vblora_triton.tuner.targets import LORA_TARGETS
 from vblora_triton.vblora.config import VBLoRAConfig
+from vblora_triton.vblora.contents import VBLoRAContents
 from vblora_triton.vblora.files import VBLoRAFiles
 from vblora_triton.vblora.layer import Linear, VBLoRALayer
 
@@ -25,7 +26,7 @@ VBLORA_TARGETS: dict[str, list[str] | str] = LORA_TARGETS | {
 }
 
 
-class VBLoRAModel(VBLoRAFiles, BaseTuner):
+class VBLoRAModel(VBLoRAFiles, VBLoRAContents, BaseTuner):
     """A model with VB-LoRA adapters (arXiv 2405.15179).
 
     vblora_vector_bank: nn.ParameterDict, adapter -> bank (num_vectors, vector_length), which all layers read.

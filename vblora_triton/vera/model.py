@@ -11,6 +11,7 @@ from vblora_triton.tuner.layer import linear_features
 from vblora_triton.tuner.model import BaseTuner
 from vblora_triton.tuner.targets import LORA_TARGETS, find_targets
 from vblora_triton.vera.config import VeraConfig
+from vblora_triton.vera.contents import VeraContents
 from vblora_triton.vera.files import VeraFiles
 from vblora_triton.vera.layer import Linear, VeraLayer
 from vblora_triton.vera.projection import ProjectionDict, draw_projections
@@ -19,7 +20,7 @@ from vblora_triton.vera.projection import ProjectionDict, draw_projections
 VERA_TARGETS: dict[str, list[str] | str] = LORA_TARGETS | {"phi": ["q_proj", "v_proj"]}
 
 
-class VeraModel(VeraFiles, BaseTuner):
+class VeraModel(VeraFiles, VeraContents, BaseTuner):
     """A model with VeRA adapters (arXiv 2310.11454).
 
     vera_A, vera_B: ProjectionDict, adapter -> frozen (r, max_in) and (max_out, r), which all layers read. Each adapter

@@ -1,0 +1,1 @@
+"""Adapters on disk, without a model that runs: converted, merged, packed, compared and looked into."""
