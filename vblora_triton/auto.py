@@ -63,6 +63,7 @@ class AutoPeftModel:
         """
         own = {name: kwargs.pop(name) for name in _ADAPTER_OPTIONS if name in kwargs}
         shared = {name: kwargs[name] for name in _SHARED_OPTIONS if name in kwargs}
+        given = config
         if config is None:
             config = PeftConfig.from_pretrained(
                 pretrained_model_name_or_path, own.get("subfolder"), revision=revision, **shared
@@ -85,7 +86,7 @@ class AutoPeftModel:
             pretrained_model_name_or_path,
             adapter_name,
             is_trainable,
-            config,
+            given,
             revision=revision,
             **own,
             **shared,

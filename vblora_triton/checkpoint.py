@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vblora_triton.card import CARD_NAME, model_card
+from vblora_triton.folder import BIN_NAME, SAFETENSORS_NAME, apart, changing, read_tensors, read_whole
 from vblora_triton.hub import CONFIG_NAME, AdapterFileError
 from vblora_triton.integrations.transformers import ANSWERS, find_adapted
 from vblora_triton.tuner.config import PeftConfig, replacing
@@ -20,12 +21,12 @@ from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
 from vblora_triton.tuner.layer import BaseTunerLayer, as_names
 from vblora_triton.tuner.model import BaseTuner
 
-SAFETENSORS_NAME = "adapter_model.safetensors"
-BIN_NAME = "adapter_model.bin"
-WEIGHT_NAMES = (SAFETENSORS_NAME, BIN_NAME)
-
 # Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
 _WRAPPER_BIAS = re.compile(r"\.(original_module|modules_to_save)\..*bias$")
+
+
+# Weights on disk: where they are, and the tensors by key.
+File = tuple[Path, dict[str, Tensor]]
 
 
 class LoadResult(NamedTuple):
@@ -89,7 +90,7 @@ def save_adapters(
     """
     if Path(save_directory).is_file():
         raise ValueError(f"`save_directory` is {str(save_directory)!r}, which is a file; give a folder.")
-    states = {name: _apart(adapter_state_dict(tuner, name, state_dict)) for name in adapter_names}
+    states = {name: apart(adapter_state_dict(tuner, name, state_dict)) for name in adapter_names}
     kind = type(tuner.model)
     for name, tensors in states.items() if write else ():
         config = tuner.peft_config[name]
@@ -106,78 +107,60 @@ def save_adapters(
         write_adapter(folder, tensors, config.to_json(**changed), model_card(config), safe)
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring tensors to the CPU, contiguous, and no two in the same storage, as safetensors wants them."""
-    apart: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for key, tensor in tensors.items():
-        tensor = tensor.cpu().contiguous()
-        apart[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
-        storages.add(tensor.untyped_storage().data_ptr())
-    return apart
-
-
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config_text: str, card: str, safe: bool = True) -> None:
-    """Write an adapter's weights, configuration and model card into a folder; atomically, each beside the old one.
+    """Write an adapter's weights, configuration and model card into a folder.
 
-    Both files are complete before the first takes its place. A model card that is there is left alone.
+    Weights and configuration take the places of the old ones together; see `folder.changing`. A model card that is
+    there is left alone.
 
     Args:
         safe: safetensors; else torch.save. The other kind's file is removed, for a reader would prefer one of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name, other = (SAFETENSORS_NAME, BIN_NAME) if safe else (BIN_NAME, SAFETENSORS_NAME)
-    with replacing(folder / name) as weights, replacing(folder / CONFIG_NAME) as config:
+    with changing(folder) as new:
         if safe:
-            save_file(tensors, weights, metadata={"format": "pt"})
+            save_file(tensors, new / SAFETENSORS_NAME, metadata={"format": "pt"})
         else:
-            torch.save(tensors, weights)
-        config.write_text(config_text, encoding="utf-8")
-    (folder / other).unlink(missing_ok=True)
+            torch.save(tensors, new / BIN_NAME)
+        (new / CONFIG_NAME).write_text(config_text, encoding="utf-8")
     if not (folder / CARD_NAME).exists():
         with replacing(folder / CARD_NAME) as readme:
             readme.write_text(card, encoding="utf-8")
 
 
-def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Read the weights of an adapter's folder, from safetensors or, where there are none, from PEFT's .bin.
+def read_files(folder: Path, config: Any = None, missing: Any = None) -> tuple[Any, File]:
+    """Read the configuration, unless one is given, and the weights of an adapter's folder, both of one save.
 
+    Args:
+        missing: the configuration where the folder has none.
     Returns:
-        The file that was read, and its tensors by key, on the CPU, each in memory of its own: a map of the file would
-        change with it under a running model, and no two parameters may be one.
+        The configuration; the weights' file and what it holds.
     Raises:
-        AdapterFileError: no such file, or one that cannot be read.
+        AdapterFileError: a file is missing or broken.
     """
-    path = folder / SAFETENSORS_NAME
-    if not path.is_file():
-        path = folder / BIN_NAME
-        if not path.is_file():
-            raise AdapterFileError(
-                f"There is neither {SAFETENSORS_NAME} nor {BIN_NAME} in {str(folder)!r}; give the "
-                "folder of a saved adapter."
-            )
-    try:
-        if path.name == SAFETENSORS_NAME:
-            tensors = load(path.read_bytes())
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # torch.load lets any error of a broken pickle through
-        raise AdapterFileError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta
-        for k, t in tensors.items()
-    ):
-        raise AdapterFileError(f"{path} holds no dictionary of named tensors, dense and with values.")
-    return path, _apart(tensors)
+
+    def read() -> tuple[Any, File]:
+        found = config
+        if found is None:
+            there = missing is None or (folder / CONFIG_NAME).is_file()
+            found = PeftConfig.from_pretrained(folder) if there else missing
+        return found, read_tensors(folder)
+
+    return read_whole(folder, read)
 
 
-def read_adapter(
-    tuner_class: type[BaseTuner], config: Any, expected: dict[str, tuple[int, ...]], folder: Path, is_trainable: bool
+def fitting(
+    tuner_class: type[BaseTuner],
+    config: Any,
+    expected: dict[str, tuple[int, ...]],
+    file: File,
+    is_trainable: bool,
 ) -> dict[str, Tensor]:
-    """Read an adapter's weights and check that they are what a model expects. Touches no model.
+    """Check that an adapter's weights are what a model expects. Touches no model.
 
     Args:
         expected: file key -> shape, of the adapter in its full form.
+        file: from `read_files`.
         is_trainable: the adapter is to be trained.
     Returns:
         What the model is to hold, by key.
@@ -185,12 +168,12 @@ def read_adapter(
         AdapterFileError: missing or unknown keys, wrong shapes or dtypes, values that are not finite, indices out of
             range, in one error that names them all; or `is_trainable`, and the file serves inference only.
     """
-    path, stored = read_tensors(folder)
+    path, stored = file
     tensors, inference_only = _fitting(tuner_class, config, expected, stored, str(path))
     if is_trainable and inference_only:
         raise AdapterFileError(
-            f"`is_trainable` is True, but the adapter in {str(folder)!r} was saved as top-k weights, which hold too "
-            "little for training; load one saved in full (save_only_topk_weights=False)."
+            f"`is_trainable` is True, but the adapter in {str(path.parent)!r} was saved as top-k weights, which hold "
+            "too little for training; load one saved in full (save_only_topk_weights=False)."
         )
     return tensors
 
@@ -202,7 +185,7 @@ def _fitting(
     stored: dict[str, Tensor],
     source: str,
 ) -> tuple[dict[str, Tensor], bool]:
-    """Return what the model is to hold, by key, and whether it serves inference only; see `read_adapter`."""
+    """Return what the model is to hold, by key, and whether it serves inference only; see `fitting`."""
     if getattr(config, "bias", "none") == "all":
         stored = {key: tensor for key, tensor in stored.items() if not _WRAPPER_BIAS.search(key)}
     broken: dict[str, str] = {}
@@ -225,15 +208,9 @@ def _fitting(
     return tensors, inference_only
 
 
-def refill_config(config: Any, folder: Path) -> Any:
-    """Return the configuration by which to read a folder for an adapter that is there: its own, but `file_fields`.
-
-    Raises:
-        AdapterFileError: the folder's configuration is broken.
-    """
-    if not config.file_fields or not (folder / CONFIG_NAME).is_file():
-        return config
-    stored, read = PeftConfig.from_json_file(folder / CONFIG_NAME), copy.copy(config)
+def refill_config(config: Any, stored: Any) -> Any:
+    """Return the configuration by which to read a file for an adapter that is there: its own, but `file_fields`."""
+    read = copy.copy(config)
     for name in config.file_fields if isinstance(stored, type(config)) else ():
         setattr(read, name, getattr(stored, name))
     return read
@@ -247,7 +224,7 @@ def fill_adapter(
     A parameter that has values keeps its identity, for an optimizer may hold it; one on the meta device is replaced.
 
     Args:
-        tensors: key -> value, from `read_adapter`.
+        tensors: key -> value, from `fitting`.
         autocast_adapter_dtype: parameters that were on the meta device become float32.
         keep_dtype: where they do not, they keep the file's dtype instead of taking that of the base layers' weights.
     """

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vblora_triton import card, checkpoint, hub, status
+from vblora_triton.folder import WEIGHT_NAMES
 from vblora_triton.integrations.transformers import accept_in_trainer
 from vblora_triton.methods import tuner_class
 from vblora_triton.tuner.config import PeftConfig, TaskType
@@ -185,15 +186,15 @@ class PeftModel(SeenAsPefts, nn.Module):
             ValueError: `is_trainable`, and the file serves inference only.
             TypeError: an unknown option of a download.
         """
-        tuner, folder = self.base_model, hub.local_folder(model_id, checkpoint.WEIGHT_NAMES, subfolder, **download)
+        tuner, folder = self.base_model, hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **download)
         new = adapter_name not in self.peft_config
+        config, file = checkpoint.read_files(folder, missing=self.peft_config.get(adapter_name))
         if new:
-            config = PeftConfig.from_pretrained(folder)
             expected = tuner.file_shapes(tuner.plan(config, tuner.model, self.task_heads))
         else:
-            config = checkpoint.refill_config(self.peft_config[adapter_name], folder)
+            config = checkpoint.refill_config(self.peft_config[adapter_name], config)
             expected = tuner.full_shapes(adapter_name)
-        tensors = checkpoint.read_adapter(type(tuner), config, expected, folder, is_trainable)
+        tensors = checkpoint.fitting(type(tuner), config, expected, file, is_trainable)
         if new:
             config.inference_mode = not is_trainable
             tuner.add_adapter(adapter_name, config, low_cpu_mem_usage=True, heads=self.task_heads)
@@ -279,11 +280,11 @@ class PeftModel(SeenAsPefts, nn.Module):
             ValueError: `is_trainable`, and the file serves inference only; or the model has adapters already.
             TypeError: an unknown option of a download.
         """
-        folder = hub.local_folder(model_id, checkpoint.WEIGHT_NAMES, subfolder, **download)
-        config = PeftConfig.from_pretrained(folder) if config is None else config
+        folder = hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **download)
+        config, file = checkpoint.read_files(folder, config)
         method, kind = tuner_class(config), cls.class_for(config)
         expected = method.file_shapes(method.plan(config, model, kind.task_heads))
-        tensors = checkpoint.read_adapter(method, config, expected, folder, is_trainable)
+        tensors = checkpoint.fitting(method, config, expected, file, is_trainable)
         config.inference_mode = not is_trainable
         adapted = kind(model, config, adapter_name, low_cpu_mem_usage=True)
         checkpoint.fill_adapter(adapted.base_model, adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage)

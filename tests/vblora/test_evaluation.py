@@ -20,7 +20,7 @@ def fresh(layer, x):
 
 
 def swap_on_load(layer, logits):
-    """Load new values as torch does with this flag: the parameters change their insides, and nobody may refer to them."""
+    """Load values as torch does with this flag: parameters swap their insides, and nobody may refer to them."""
     state = {key: torch.randn_like(value) for key, value in layer.state_dict().items()}
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
