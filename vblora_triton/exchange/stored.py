@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vblora_triton import checkpoint, hub
 from vblora_triton.exchange.base import empty_base, skeleton
+from vblora_triton.folder import WEIGHT_NAMES
 from vblora_triton.hub import AdapterFileError
 from vblora_triton.methods import tuner_class
 from vblora_triton.peft_model import PeftModel
-from vblora_triton.tuner.config import PeftConfig
 from vblora_triton.tuner.contents import Sizes
 from vblora_triton.tuner.injection import InjectionPlan
 from vblora_triton.tuner.model import BaseTuner
@@ -71,11 +71,10 @@ def read_stored(adapter: str | os.PathLike, base: str | os.PathLike | nn.Module 
         AdapterFileError: a file that is missing, broken, or does not fit.
         ValueError: the base model cannot be read, or the adapter does not fit it.
     """
-    folder = hub.local_folder(adapter, checkpoint.WEIGHT_NAMES)
-    config = PeftConfig.from_pretrained(folder)
+    folder = hub.local_folder(adapter, WEIGHT_NAMES)
+    config, (file, stored) = checkpoint.read_files(folder)
     method = tuner_class(config)
     model = base if isinstance(base, nn.Module) else empty_base(config, None if base is None else os.fspath(base))
-    file, stored = checkpoint.read_tensors(folder)
     sizes: dict[str, Sizes] = {}
     if model is None:
         try:
@@ -86,6 +85,6 @@ def read_stored(adapter: str | os.PathLike, base: str | os.PathLike | nn.Module 
             raise AdapterFileError(f"{file}: {error}; or give the base model, to check the file against it.") from error
     plan = method.plan(config, model or skeleton(config, stored, sizes), PeftModel.class_for(config).task_heads)
     expected = method.file_shapes(plan)
-    tensors = checkpoint.read_adapter(method, config, expected, folder, is_trainable=False)
+    tensors = checkpoint.fitting(method, config, expected, (file, stored), is_trainable=False)
     layers = {name: sizes[name] if model is None else Sizes(*size) for name, size in plan.features().items()}
     return StoredAdapter(folder, file, method, plan, model, layers, tensors, tensors.keys() == expected.keys())

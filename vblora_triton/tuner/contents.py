@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
 class AdapterContents:
     """What a method makes of an adapter's tensors; a mix-in for a BaseTuner. A method overrides what it has.
 
-    `tensors` are what a model holds of the adapter, by file key, as `checkpoint.read_adapter` returns them.
+    `tensors` are what a model holds of the adapter, by file key, as `checkpoint.fitting` returns them.
     """
 
     config_class: ClassVar[type[PeftConfig]]
