@@ -13,7 +13,7 @@ ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_
 	tests/test_auto.py tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora \
 	tests/vera tests/documented tests/integrations tests/exchange
 
-.PHONY: help demo test test-without-peft check fix bench report kernels-report forecast host peft-suite gpu clean
+.PHONY: help demo test test-without-peft check fix bench report kernels-report forecast host peft-suite package gpu clean
 
 help:
 	@echo "make demo    fine-tune a small model with VB-LoRA, save, reload and merge it; writes build/demo/"
@@ -25,6 +25,7 @@ help:
 	@echo "make forecast   forecast the time of every kernel on a Hopper GPU, without one (FORECAST=options)"
 	@echo "make host    time of Python per adapted linear, the driver left out, beside PEFT's"
 	@echo "make peft-suite   PEFT's own tests of VB-LoRA and VeRA, with its layers and patched; fetches them with pip"
+	@echo "make package   build wheel and sdist, and try each in a fresh virtual environment"
 	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"
 	@echo "make clean   remove .venv and build/"
@@ -76,6 +77,9 @@ host: $(VENV)/.installed
 # Goes on where an earlier run stopped: `make clean`, or --fresh, forgets it.
 peft-suite: $(VENV)/.installed
 	$(PY) -m tools.peft_suite --out build/peft-suite
+
+package: $(VENV)/.installed
+	$(PY) -m tools.package
 
 # On another interpreter than .venv's nothing is installed: make gpu PY=python3
 gpu:
