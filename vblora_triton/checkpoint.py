@@ -20,6 +20,7 @@ from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
 from vblora_triton.tuner.layer import BaseTunerLayer, as_names
 from vblora_triton.tuner.model import BaseTuner
+from vblora_triton.tuner.undo import copy_all, undone_on_failure
 
 # Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
 _WRAPPER_BIAS = re.compile(r"\.(original_module|modules_to_save)\..*bias$")
@@ -59,7 +60,7 @@ def adapter_state_dict(
                 f"`state_dict` lacks {_some(lacking)} of adapter {adapter_name!r}; give the state dict of "
                 "the whole PeftModel, or leave it out."
             )
-        tensors = {key: state_dict[live] for key, live in keys.items()}
+        tensors = {key: state_dict[live] for key, live in keys.items()} | tuner.biases_aside(adapter_name)
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise ValueError(
@@ -88,6 +89,11 @@ def save_adapters(
     Raises:
         ValueError: `save_directory` is a file, or an adapter cannot be saved in this form.
     """
+    if not adapter_names:
+        raise ValueError(
+            "There is no adapter to save: unload() or merge_and_unload() took it off, or `selected_adapters` is empty. "
+            "Save a merged model by its own save_pretrained()."
+        )
     if Path(save_directory).is_file():
         raise ValueError(f"`save_directory` is {str(save_directory)!r}, which is a file; give a folder.")
     states = {name: apart(adapter_state_dict(tuner, name, state_dict)) for name in adapter_names}
@@ -209,9 +215,21 @@ def _fitting(
 
 
 def refill_config(config: Any, stored: Any) -> Any:
-    """Return the configuration by which to read a file for an adapter that is there: its own, but `file_fields`."""
+    """Return the configuration by which to read a file for an adapter that is there: its own, but `file_fields`.
+
+    Raises:
+        AdapterFileError: the values in the file mean something else than those of the adapter, by its `fixed_fields`.
+    """
     read = copy.copy(config)
-    for name in config.file_fields if isinstance(stored, type(config)) else ():
+    if not isinstance(stored, type(config)):
+        return read
+    for name in config.fixed_fields:
+        if getattr(stored, name) != getattr(config, name):
+            raise AdapterFileError(
+                f"`{name}` is {getattr(stored, name)!r} in the file's {CONFIG_NAME}, but {getattr(config, name)!r} of "
+                "the adapter that is to take its values; load it under another name, or delete that adapter first."
+            )
+    for name in config.file_fields:
         setattr(read, name, getattr(stored, name))
     return read
 
@@ -219,32 +237,58 @@ def refill_config(config: Any, stored: Any) -> Any:
 def fill_adapter(
     tuner: BaseTuner, adapter_name: str, tensors: dict[str, Tensor], autocast_adapter_dtype: bool, keep_dtype: bool
 ) -> None:
-    """Put checked tensors into an adapter that is on the model.
+    """Put checked tensors into an adapter that is on the model; last of all into those that have values already.
 
     A parameter that has values keeps its identity, for an optimizer may hold it; one on the meta device is replaced.
 
     Args:
         tensors: key -> value, from `fitting`.
-        autocast_adapter_dtype: parameters that were on the meta device become float32.
+        autocast_adapter_dtype: parameters that were on the meta device become float32, or stay float64.
         keep_dtype: where they do not, they keep the file's dtype instead of taking that of the base layers' weights.
+    Raises:
+        AdapterFileError: values that do not fit the dtype that the model gives them. What has changed by then is for
+            the caller to undo.
     """
-    dtype: torch.dtype | None = torch.float32
-    if not autocast_adapter_dtype:
-        base = next((layer.weight.dtype for _, layer in tuner.adapted_layers()), torch.float32)
-        dtype = None if keep_dtype else base if base.is_floating_point else torch.float32
+    base = next((layer.weight.dtype for _, layer in tuner.adapted_layers()), torch.float32)
+    base = base if base.is_floating_point else torch.float32
     done = tuner.set_form(adapter_name, tensors)
-    with torch.no_grad():
-        for key, live in adapter_keys(tuner, adapter_name).items():
-            if key in done:
-                continue
-            owner_name, _, leaf = live.removeprefix("base_model.").rpartition(".")
-            owner = tuner.get_submodule(owner_name)
-            current = getattr(owner, leaf)
-            if current.is_meta and isinstance(owner, nn.ParameterDict):
-                value = tensors[key].to(_device(tuner, owner_name), dtype)
-                setattr(owner, leaf, nn.Parameter(value, requires_grad=current.requires_grad))
-            else:
-                current.copy_(tensors[key])
+    aside, written = tuner.biases_aside(adapter_name), []
+    for key, live in adapter_keys(tuner, adapter_name).items():
+        if key in done:
+            continue
+        owner_name, _, leaf = live.removeprefix("base_model.").rpartition(".")
+        owner = tuner.get_submodule(owner_name)
+        current = aside.get(key, getattr(owner, leaf))
+        own = isinstance(owner, nn.ParameterDict) and current.is_meta
+        dtype = current.dtype
+        if own and autocast_adapter_dtype:
+            dtype = torch.promote_types(torch.float32, tensors[key].dtype)
+        elif own:
+            dtype = tensors[key].dtype if keep_dtype else base
+        device = _device(tuner, owner_name) if current.is_meta else current.device
+        value = _converted(key, tensors[key], dtype, device)
+        if key in aside:
+            tuner.keep_biases(adapter_name, {key: value})
+        elif not current.is_meta:
+            written.append((current, value))
+        elif isinstance(current, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=current.requires_grad))
+        else:
+            setattr(owner, leaf, value)
+    copy_all(written)
+
+
+def _converted(key: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a value as a model is to hold it; AdapterFileError if it cannot be held so."""
+    if value.is_floating_point() != dtype.is_floating_point:
+        raise AdapterFileError(f"{key} is of dtype {value.dtype}, but the model holds {dtype} there.")
+    converted = value.to(device, dtype)
+    if (converted.isinf() & ~value.to(device).isinf()).any():
+        largest = value[value.isfinite()].abs().max().item()
+        raise AdapterFileError(
+            f"{key} has values up to {largest:g}, which {dtype}, its dtype in the model, cannot hold."
+        )
+    return converted
 
 
 def get_peft_model_state_dict(
@@ -285,9 +329,11 @@ def set_peft_model_state_dict(
     """
     tuner, name = _one_adapter(model, adapter_name)
     stored = {key: tensor.detach().clone() for key, tensor in peft_model_state_dict.items()}
+    tuner.check_unmerged(name)
     expected = tuner.full_shapes(name)
     tensors, _ = _fitting(type(tuner), tuner.peft_config[name], expected, stored, "`peft_model_state_dict`")
-    fill_adapter(tuner, name, tensors, autocast_adapter_dtype=True, keep_dtype=False)
+    with undone_on_failure(tuner, tuner.peft_config[name]):
+        fill_adapter(tuner, name, tensors, autocast_adapter_dtype=True, keep_dtype=False)
     return LoadResult([], [])
 
 

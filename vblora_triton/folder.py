@@ -213,6 +213,8 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             tensors = load(path.read_bytes())
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch.load lets any error of a broken pickle through
         raise AdapterFileError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(tensors, dict) or not all(

@@ -17,6 +17,7 @@ from vblora_triton.integrations.transformers import accept_in_trainer
 from vblora_triton.methods import tuner_class
 from vblora_triton.tuner.config import PeftConfig, TaskType
 from vblora_triton.tuner.seen import SeenAsPefts
+from vblora_triton.tuner.undo import undone_on_failure
 
 # The classes of the tasks; task_models.py puts them in.
 TASK_CLASSES: dict[TaskType, type[PeftModel]] = {}
@@ -187,20 +188,22 @@ class PeftModel(SeenAsPefts, nn.Module):
             TypeError: an unknown option of a download.
         """
         tuner, folder = self.base_model, hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **download)
-        new = adapter_name not in self.peft_config
-        config, file = checkpoint.read_files(folder, missing=self.peft_config.get(adapter_name))
-        if new:
+        own = self.peft_config.get(adapter_name)
+        config, file = checkpoint.read_files(folder, missing=own)
+        if own is None:
             expected = tuner.file_shapes(tuner.plan(config, tuner.model, self.task_heads))
         else:
-            config = checkpoint.refill_config(self.peft_config[adapter_name], config)
+            tuner.check_unmerged(adapter_name)
+            config = checkpoint.refill_config(own, config)
             expected = tuner.full_shapes(adapter_name)
         tensors = checkpoint.fitting(type(tuner), config, expected, file, is_trainable)
-        if new:
-            config.inference_mode = not is_trainable
-            tuner.add_adapter(adapter_name, config, low_cpu_mem_usage=True, heads=self.task_heads)
-        for name in config.origin_fields:
-            setattr(self.peft_config[adapter_name], name, getattr(config, name))
-        checkpoint.fill_adapter(tuner, adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage)
+        with undone_on_failure(tuner, own or config):
+            if own is None:
+                config.inference_mode = not is_trainable
+                tuner.add_adapter(adapter_name, config, low_cpu_mem_usage=True, heads=self.task_heads)
+            for name in config.origin_fields:
+                setattr(self.peft_config[adapter_name], name, getattr(config, name))
+            checkpoint.fill_adapter(tuner, adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage)
         if is_trainable:
             tuner.set_requires_grad(adapter_name)
         else:
@@ -285,9 +288,12 @@ class PeftModel(SeenAsPefts, nn.Module):
         method, kind = tuner_class(config), cls.class_for(config)
         expected = method.file_shapes(method.plan(config, model, kind.task_heads))
         tensors = checkpoint.fitting(method, config, expected, file, is_trainable)
-        config.inference_mode = not is_trainable
-        adapted = kind(model, config, adapter_name, low_cpu_mem_usage=True)
-        checkpoint.fill_adapter(adapted.base_model, adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage)
+        with undone_on_failure(model, config):
+            config.inference_mode = not is_trainable
+            adapted = kind(model, config, adapter_name, low_cpu_mem_usage=True)
+            checkpoint.fill_adapter(
+                adapted.base_model, adapter_name, tensors, autocast_adapter_dtype, low_cpu_mem_usage
+            )
         return adapted if is_trainable else adapted.eval()
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:

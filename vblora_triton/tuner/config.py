@@ -200,6 +200,8 @@ class PeftConfig(SeenAsPefts):
     file_fields: ClassVar[tuple[str, ...]] = ()
     # Those of them that say where values come from; an adapter that is refilled takes them over with the values.
     origin_fields: ClassVar[tuple[str, ...]] = ()
+    # Fields that say what the values of an adapter mean: it is refilled only from a file that agrees.
+    fixed_fields: ClassVar[tuple[str, ...]] = ()
     # Fields that PEFT's class does not have; None is not written, so that PEFT reads the file without a warning.
     own_fields: ClassVar[tuple[str, ...]] = ()
 

@@ -12,6 +12,7 @@ from vblora_triton.tuner.injection import InjectionPlan
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
 
 Shapes = dict[str, tuple[int, ...]]
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class AdapterFiles:
@@ -46,7 +47,11 @@ class AdapterFiles:
         if not tensor.is_floating_point():
             # A module that is saved whole may count something in integers.
             return f"dtype {tensor.dtype}, a floating one is needed" if cls.prefix in key else None
-        return None if torch.isfinite(tensor).all() else "values that are not finite"
+        if tensor.dtype not in _FLOATING:
+            return f"dtype {tensor.dtype}, float32, float64 or a 16-bit one is needed"
+        if not torch.isfinite(tensor).all():
+            return "values that are not finite"
+        return range_problem(tensor) if cls.prefix in key else None
 
     def set_form(self, adapter_name: str, tensors: dict[str, Tensor]) -> set[str]:
         """Give the adapter the parameters that these are to fill; return the keys that are seen to already."""
@@ -67,7 +72,8 @@ class AdapterFiles:
     def adapter_tensors(self: Any, adapter_name: str) -> dict[str, Tensor]:
         """Return file key -> live tensor of everything that belongs to an adapter."""
         state = buffers_outside(self) | self.state_dict(prefix="base_model.")
-        return {key: state[live] for key, live in adapter_keys(self, adapter_name).items()}
+        held = {key: state[live] for key, live in adapter_keys(self, adapter_name).items()}
+        return held | self.biases_aside(adapter_name)
 
     def get_nb_savable_parameters(self: Any, adapter: str = "default") -> tuple[int, int]:
         """Count what `save_pretrained` writes for an adapter, in float32-equivalents: bytes / 4.
@@ -97,6 +103,17 @@ class AdapterFiles:
                 f"{label}{self.config_class.method.title} params to-be-saved (float32-equivalent): {own:,d} "
                 f"|| total params to-be-saved: {own + other:,d}"
             )
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is in float64: a file must not round what was trained."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def range_problem(tensor: Tensor) -> str | None:
+    """Say whether float32, in which adapters are computed, cannot hold a tensor's finite values."""
+    lost = tensor.dtype == torch.float64 and (tensor.isfinite() & tensor.float().isinf()).any()
+    return "values that float32 cannot hold" if lost else None
 
 
 def adapter_keys(tuner: Any, adapter_name: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from vblora_triton.tuner.undo import copy_all
+
 
 def as_names(adapter_names: str | Iterable[str]) -> list[str]:
     """Return the names of adapters as a list, each once, whether one was given or several."""
@@ -216,10 +218,12 @@ class BaseTunerLayer(AdapterState):
                     parameters[adapter].requires_grad_(requires_grad and self.is_trainable(adapter))
 
     def cast_adapter(self, adapter_name: str) -> None:
-        """Give the adapter's parameters the dtype of the base weight, where that is floating."""
+        """Give the adapter's parameters, all or none, the dtype of the base weight, where that is floating."""
         if self.weight.is_floating_point():
-            for tensor in self.tensors_of(adapter_name):
-                tensor.data = tensor.data.to(self.weight.dtype)
+            parameters = [tensor for tensor in self.tensors_of(adapter_name) if isinstance(tensor, nn.Parameter)]
+            values = [parameter.detach().to(self.weight.dtype) for parameter in parameters]
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data = value
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Say whether the adapter holds what training needs."""
@@ -297,22 +301,36 @@ class BaseTunerLayer(AdapterState):
         weight = self.merged_weight(names, safe_merge)
         if self.keep_base_weight and not self.merged:
             self._base_weight = self.weight.detach().clone()
-        with torch.no_grad():
-            self.weight.copy_(weight)
+        copy_all([(self.weight, weight)])
         self.merged_adapters.extend(names)
 
+    def unmerged_weight(self) -> Tensor:
+        """Return the base weight without the merged adapters: bit for bit, where `keep_base_weight` was on."""
+        if self._base_weight is not None:
+            return self._base_weight
+        with torch.no_grad():
+            deltas = [self.get_delta_weight(adapter) for adapter in self.merged_adapters]
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            return (self.weight.to(wide) - torch.stack(deltas).sum(0)).to(self.weight.dtype)
+
+    def check_loadable(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise ValueError if a state dict is for this layer, whose weight is not its own while adapters are merged."""
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            raise ValueError(
+                f"Adapters are merged into the weight of {prefix.removesuffix('.')}, which unmerging puts back over "
+                "the one that is loaded now; call unmerge_adapter() before load_state_dict()."
+            )
+
+    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again: bit for bit, where `keep_base_weight` was on."""
+        """Take all merged adapters out of the base weight again; see `unmerged_weight`."""
         if not self.merged:
             warnings.warn("No adapter is merged; nothing was done.", stacklevel=2)
             return
-        with torch.no_grad():
-            if self._base_weight is not None:
-                self.weight.copy_(self._base_weight)
-            else:
-                deltas = [self.get_delta_weight(adapter) for adapter in self.merged_adapters]
-                wide = torch.promote_types(self.weight.dtype, torch.float32)
-                self.weight.copy_(self.weight.to(wide) - torch.stack(deltas).sum(0))
+        copy_all([(self.weight, self.unmerged_weight())])
         self._base_weight = None
         self.merged_adapters.clear()
 

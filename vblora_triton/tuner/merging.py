@@ -5,9 +5,90 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from vblora_triton.tuner.biases import Swap
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
+from vblora_triton.tuner.undo import copy_all
+
+
+class Merging:
+    """What a BaseTuner does about merging; a mix-in for it."""
+
+    active_adapter: str | list[str]
+
+    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters, the active ones by default, into the base weights; `unmerge_adapter` undoes it.
+
+        Args:
+            adapter_names: which.
+            safe_merge: check that every result is finite before any weight is changed.
+        Raises:
+            ValueError: no such adapter, a result that is not finite, or a weight tied to the embedding.
+            TypeError: `adapter_names` is a string, or the base is quantised.
+        """
+        self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
+        biases = self._prepare_biases({*self.active_adapters, *self._merged(), *(adapter_names or ())})
+        merge_layers(self.model, dict(self.adapted_layers()), adapter_names, safe_merge)
+        self._swap_biases(biases)
+
+    def unmerge_adapter(self: Any) -> None:
+        """Restore the base weights of every layer that has adapters merged."""
+        biases = self._prepare_biases(self.active_adapters)
+        unmerge_layers(dict(self.adapted_layers()))
+        self._swap_biases(biases)
+
+    def _merged(self: Any) -> set[str]:
+        """Return the adapters that are merged, in any layer."""
+        return {name for _, layer in self.adapted_layers() for name in layer.merged_adapters}
+
+    def check_unmerged(self: Any, adapter_name: str) -> None:
+        """Raise ValueError if the adapter is merged: other values would not be in force."""
+        if adapter_name in self._merged():
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
+
+    def merge_and_unload(
+        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters into the base weights for good, take all adapters off, and return the plain model.
+
+        Args:
+            progressbar: show one.
+            safe_merge: check that every result is finite before any weight is changed.
+            adapter_names: which; the active ones by default.
+        Raises:
+            ValueError, TypeError: as `merge_adapter`.
+        """
+        self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
+        kept = self.active_adapters if adapter_names is None else adapter_names
+        biases = self._prepare_biases({*kept, *self._merged()})
+        merge_layers(
+            self.model, dict(self.adapted_layers()), adapter_names, safe_merge, keep=False, progressbar=progressbar
+        )
+        return self._unload(kept, biases)
+
+    def unload(self: Any) -> nn.Module:
+        """Take all adapters off, merged ones too, and return the model with its original weights."""
+        biases = self._prepare_biases([])
+        unmerge_layers(dict(self.adapted_layers()))
+        return self._unload([], biases)
+
+    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Before the first module takes anything.
+        for name, layer in self.adapted_layers():
+            layer.check_loadable(state_dict, f"{prefix}model.{name}.")
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+    def _unload(self: Any, kept: list[str], biases: Swap) -> nn.Module:
+        self._swap_biases(biases)
+        unload_model(self.model, dict(self.wrappers()), kept)
+        for attribute in self.tuner_layer_cls.shared_layer_names:
+            getattr(self, attribute).clear()
+        self.peft_config.clear()
+        for held in (self.trained_biases, self.kept_biases, self._biases_in_force):
+            held.clear()
+        self.active_adapter = []
+        return self.model
 
 
 def merge_layers(
@@ -21,27 +102,48 @@ def merge_layers(
     """Merge adapters into the base weights of all layers, or of none.
 
     Args:
-        keep: hold the base weights for `unmerge`, where a layer's `keep_base_weight` asks for it.
+        keep: hold the base weights for `unmerge`, where a layer's `keep_base_weight` asks for it. Else there are copies
+            of them on the CPU until all are merged, in case that one cannot be.
     Raises:
-        ValueError: with `safe_merge`, a result that is not finite; a weight that is tied to the input embedding.
+        ValueError: with `safe_merge`, a result that is not finite; a weight that something else in the model reads too.
         TypeError: `adapter_names` is a string, or a base weight is quantised.
     """
     names = {key: layer.adapters_to_merge(adapter_names) for key, layer in layers.items()}
-    _check_untied(model, [key for key in layers if names[key]], layers)
+    _check_alone(model, {key: layers[key] for key in layers if names[key]})
     if safe_merge:
         for key, layer in _shown(layers.items(), progressbar, "Checking"):
             layer.merged_weight(names[key], check_finite=True)
-    for key, layer in _shown(layers.items(), progressbar, "Merging"):
-        if names[key]:
-            layer.keep_base_weight = layer.keep_base_weight and keep
-            layer.merge(adapter_names=names[key])
+    done: list[tuple[BaseTunerLayer, dict[str, Any], list[str], Tensor | None]] = []
+    try:
+        for key, layer in _shown(layers.items(), progressbar, "Merging"):
+            if names[key]:
+                kept = keep and layer.keep_base_weight
+                # The layer's own copy is of the weight as it was before the first adapter.
+                own = kept and not layer.merged
+                before = (
+                    None if own else layer.weight.detach().to("cpu" if not kept else layer.weight.device, copy=True)
+                )
+                done.append((layer, dict(vars(layer)), list(layer.merged_adapters), before))
+                layer.keep_base_weight = kept
+                layer.merge(adapter_names=names[key])
+    except BaseException:
+        for layer, attributes, merged, before in reversed(done):
+            saved = layer._base_weight if before is None else before
+            if saved is not None:
+                copy_all([(layer.weight, saved)])
+            vars(layer).clear()
+            vars(layer).update(attributes)
+            layer.merged_adapters[:] = merged
+        raise
 
 
 def unmerge_layers(layers: dict[str, BaseTunerLayer]) -> None:
-    """Restore the base weight of every layer that has adapters merged."""
-    for layer in layers.values():
-        if layer.merged:
-            layer.unmerge()
+    """Restore the base weight of every layer that has adapters merged, or of none."""
+    merged = [layer for layer in layers.values() if layer.merged]
+    copy_all([(layer.weight, weight) for layer, weight in [(layer, layer.unmerged_weight()) for layer in merged]])
+    for layer in merged:
+        layer._base_weight = None
+        layer.merged_adapters.clear()
 
 
 def strip_model(model: nn.Module) -> None:
@@ -69,14 +171,31 @@ def unload_model(model: nn.Module, wrappers: dict[str, Any], kept: list[str]) ->
         setattr(model.get_submodule(parent), child, bare)
 
 
-def _check_untied(model: Any, merging: list[str], layers: dict[str, BaseTunerLayer]) -> None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    tied = [key for key in merging if embedding is not None and layers[key].weight is embedding.weight]
-    if tied:
+def _check_alone(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
+    """Check that nothing else in the model reads the weights of these layers, which merging would change for it too."""
+    weights = {_place(layer.weight): key for key, layer in layers.items()}
+    bases = {id(layer.get_base_layer()): key for key, layer in layers.items()}
+    own = {id(layer) for layer in layers.values()}
+    problems = []
+    for name, module in model.named_modules():
+        for child, part in module._modules.items():
+            if id(part) in bases and id(module) not in own:
+                problems.append(f"{bases[id(part)]} is one module with {name}.{child}")
+        for child, parameter in module._parameters.items():
+            key = None if parameter is None else weights.get(_place(parameter))
+            if key is not None and module is not layers[key].get_base_layer():
+                problems.append(f"the weight of {key} is tied to {name}.{child}")
+    if problems:
         raise ValueError(
-            f"The weight of {', '.join(tied)} is tied to the input embedding, which merging would change "
-            "too; load the base model with tie_word_embeddings=False, or leave this layer out."
+            f"Merging would change more than the adapted layers: {'; '.join(problems)}. Load the base model with "
+            "tie_word_embeddings=False, give each its own weight, or leave this layer out."
         )
+
+
+def _place(tensor: Tensor) -> tuple[str, int]:
+    """Return what two tensors in the same memory have in common."""
+    address = 0 if tensor.is_meta else tensor.data_ptr()
+    return ("address", address) if address else ("identity", id(tensor))
 
 
 def _shown(items: Iterable[Any], progressbar: bool, what: str) -> Iterable[Any]:

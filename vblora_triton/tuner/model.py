@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from vblora_triton.ops.shared_input import shared_inputs
+from vblora_triton.tuner.biases import TrainedBiases
 from vblora_triton.tuner.contents import AdapterContents
-from vblora_triton.tuner.file_keys import AdapterFiles, live_bias_name
+from vblora_triton.tuner.file_keys import AdapterFiles
 from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan
 from vblora_triton.tuner.layer import (
     BaseTunerLayer,
@@ -19,10 +20,11 @@ from vblora_triton.tuner.layer import (
     as_names,
     check_adapter_name,
 )
-from vblora_triton.tuner.merging import merge_layers, unload_model, unmerge_layers
+from vblora_triton.tuner.merging import Merging, unmerge_layers
+from vblora_triton.tuner.undo import undone_on_failure
 
 
-class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
+class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module):
     """A model with adapters on it, kept as `model` and changed in place.
 
     A subclass sets the class attributes and says what one adapter is made of; see `AdapterFiles` for its files, and
@@ -64,7 +66,7 @@ class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
         self.model = model
         self.peft_config: dict[str, Any] = {}
         self.active_adapter: str | list[str] = adapter_name
-        self.trained_biases: dict[str, tuple[str, ...]] = {}
+        self.trained_biases, self.kept_biases, self._biases_in_force = {}, {}, set()
         self._disabled = False
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, heads)
@@ -145,22 +147,19 @@ class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
                 "already; give this adapter bias='none'."
             )
         before = [] if self.peft_config else list(self.model.parameters())
-        try:
+        with undone_on_failure(self, peft_config):
             self._inject(plan, adapter_name, low_cpu_mem_usage)
-        except BaseException:
-            self._forget(adapter_name)
-            raise
-        for parameter in before:
-            parameter.requires_grad_(False)
-        # The user's own object, so that a field set later, such as save_only_topk_weights, counts when saving.
-        vars(peft_config).update(vars(plan.config))
-        self.peft_config[adapter_name] = peft_config
-        self.trained_biases[adapter_name] = tuple(plan.biases)
-        if not autocast_adapter_dtype:
-            for _, layer in self.adapted_layers():
-                layer.cast_adapter(adapter_name)
-        active = adapter_name in self.active_adapters
-        self._train(adapter_name, active and not peft_config.inference_mode)
+            for parameter in before:
+                parameter.requires_grad_(False)
+            # The user's own object, so that a field set later, such as save_only_topk_weights, counts when saving.
+            vars(peft_config).update(vars(plan.config))
+            self.peft_config[adapter_name] = peft_config
+            self._add_biases(adapter_name, plan.biases, adapter_name in self.active_adapters)
+            if not autocast_adapter_dtype:
+                for _, layer in self.adapted_layers():
+                    layer.cast_adapter(adapter_name)
+            active = adapter_name in self.active_adapters
+            self._train(adapter_name, active and not peft_config.inference_mode)
 
     def _inject(self, plan: InjectionPlan, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
@@ -203,11 +202,13 @@ class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
             ValueError: there is no such adapter, or it is merged.
         """
         self._check_known(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in self.adapted_layers()):
-            raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
+        self.check_unmerged(adapter_name)
+        biases = self._prepare_biases({*self.active_adapters, *self._merged()} - {adapter_name})
         self._train_biases(adapter_name, False)
+        self._swap_biases(biases)
         self._forget(adapter_name)
-        del self.peft_config[adapter_name], self.trained_biases[adapter_name]
+        self._forget_biases(adapter_name)
+        del self.peft_config[adapter_name]
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
             self._activate(left, inference_mode=bool(left) and self.peft_config[left[0]].inference_mode)
@@ -238,8 +239,9 @@ class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
                     f"`adapter_name` is {names}, but {', '.join(both)} each have their own copy of {name}; "
                     "activate one of them."
                 )
-        if any(layer.merged for _, layer in self.adapted_layers()):
-            self.unmerge_adapter()
+        biases = self._prepare_biases(names)
+        unmerge_layers(dict(self.adapted_layers()))
+        self._swap_biases(biases)
         self._activate(adapter_name, inference_mode)
 
     def _activate(self, adapter_names: str | list[str], inference_mode: bool) -> None:
@@ -254,10 +256,6 @@ class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
         for _, wrapper in self.wrappers():
             wrapper.set_requires_grad(adapter_name, requires_grad)
         self._train_biases(adapter_name, requires_grad)
-
-    def _train_biases(self, adapter_name: str, requires_grad: bool) -> None:
-        for name in self.trained_biases[adapter_name]:
-            self._bias(name).requires_grad_(requires_grad)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters, active or not.
@@ -292,57 +290,6 @@ class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
         for _, wrapper in self.wrappers():
             wrapper.enable_adapters(True)
 
-    # Merging.
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters, the active ones by default, into the base weights; `unmerge_adapter` undoes it.
-
-        Args:
-            adapter_names: which.
-            safe_merge: check that every result is finite before any weight is changed.
-        Raises:
-            ValueError: no such adapter, a result that is not finite, or a weight tied to the embedding.
-            TypeError: `adapter_names` is a string, or the base is quantised.
-        """
-        self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
-        merge_layers(self.model, dict(self.adapted_layers()), adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Restore the base weights of every layer that has adapters merged."""
-        unmerge_layers(dict(self.adapted_layers()))
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Merge adapters into the base weights for good, take all adapters off, and return the plain model.
-
-        Args:
-            progressbar: show one.
-            safe_merge: check that every result is finite before any weight is changed.
-            adapter_names: which; the active ones by default.
-        Raises:
-            ValueError, TypeError: as `merge_adapter`.
-        """
-        self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
-        merge_layers(
-            self.model, dict(self.adapted_layers()), adapter_names, safe_merge, keep=False, progressbar=progressbar
-        )
-        return self._unload(self.active_adapters if adapter_names is None else adapter_names)
-
-    def unload(self) -> nn.Module:
-        """Take all adapters off, merged ones too, and return the model with its original weights."""
-        self.unmerge_adapter()
-        return self._unload([])
-
-    def _unload(self, kept: list[str]) -> nn.Module:
-        unload_model(self.model, dict(self.wrappers()), kept)
-        for attribute in self.tuner_layer_cls.shared_layer_names:
-            getattr(self, attribute).clear()
-        self.peft_config.clear()
-        self.trained_biases.clear()
-        self.active_adapter = []
-        return self.model
-
     # What is on the model.
 
     def adapted_layers(self) -> Iterator[tuple[str, Any]]:
@@ -368,9 +315,6 @@ class BaseTuner(AdapterFiles, AdapterContents, nn.Module):
             if not isinstance(module, self.tuner_layer_cls):
                 below = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
                 ahead += reversed(below)
-
-    def _bias(self, name: str) -> nn.Parameter:
-        return self.model.get_parameter(live_bias_name(self.model, name))
 
     def _check_known(self, *adapter_names: str) -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vblora_triton.tuner.config import TargetedConfig, check_float, check_int
+from vblora_triton.tuner.config import TargetedConfig, check_bool, check_float, check_int
 from vblora_triton.tuner.method import FileForm, Method, Option, Part
 
 # The command's choice of a `vector_length`. A short one makes as many logits as a layer has weights.
@@ -66,6 +66,7 @@ class VBLoRAConfig(TargetedConfig):
     layers_pattern: list[str] | str | None = None
 
     type_name: ClassVar[str | None] = "VBLORA"
+    fixed_fields: ClassVar[tuple[str, ...]] = ("topk",)
     method: ClassVar[Method] = Method(
         title="VB-LoRA",
         # The small model's loss falls by 17 % in 250 steps with its own rates, by 8 % with the paper's.
@@ -112,6 +113,7 @@ class VBLoRAConfig(TargetedConfig):
                 f"from; give a `topk` from 1 to {self.num_vectors}."
             )
         check_float("vblora_dropout", self.vblora_dropout, 0.0, 1.0, "a probability from 0 to 1")
+        check_bool("save_only_topk_weights", self.save_only_topk_weights)
         positive = math.ulp(0.0)
         check_float("init_vector_bank_bound", self.init_vector_bank_bound, positive, math.inf, "a number above 0")
         check_float("init_logits_std", self.init_logits_std, 0.0, math.inf, "a number of at least 0")

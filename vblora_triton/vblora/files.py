@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton.ops import cpu, reference
-from vblora_triton.tuner.file_keys import AdapterFiles, Shapes
+from vblora_triton.tuner.file_keys import AdapterFiles, Shapes, at_least_float32, range_problem
 from vblora_triton.tuner.injection import InjectionPlan
 from vblora_triton.vblora.config import VBLoRAConfig
 
@@ -45,8 +45,8 @@ def encode_topk(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """
     # Sorting all of the logits would take longer than writing the file; of those without values only the sizes count.
     select = reference.select if logits.is_meta else cpu.select
-    indices, weights = select(logits.detach().float(), topk)
-    return indices.to(index_dtype(logits.shape[-1])), weights[..., :-1].contiguous()
+    indices, weights = select(at_least_float32(logits.detach()), topk)
+    return indices.to(index_dtype(logits.shape[-1])), weights[..., :-1].float().contiguous()
 
 
 def decode_topk(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ class VBLoRAFiles(AdapterFiles):
 
     @classmethod
     def pack(cls, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn an adapter's tensors into what its file holds: float32, and top-k only where the config says so.
+        """Turn an adapter's tensors into what its file holds: float32 at least, top-k only where the config says so.
 
         Raises:
             ValueError: an adapter that was loaded from a top-k file is to be saved in full.
@@ -163,7 +163,7 @@ class VBLoRAFiles(AdapterFiles):
             elif _is_logits(key) and config.save_only_topk_weights:
                 packed[key + INDICES], packed[key + WEIGHTS] = encode_topk(tensor, config.topk)
             else:
-                packed[key] = tensor.float() if key == BANK_KEY or _is_logits(key) else tensor
+                packed[key] = at_least_float32(tensor) if key == BANK_KEY or _is_logits(key) else tensor
         return packed
 
     @classmethod
@@ -200,7 +200,7 @@ class VBLoRAFiles(AdapterFiles):
             return super().tensor_problem(key, tensor)
         # -inf is an entry that is not selected, so long as others of its row are.
         bad = torch.isnan(tensor).any() or torch.isposinf(tensor).any() or torch.isneginf(tensor).all(-1).any()
-        return "logits that are NaN or infinite" if bad else None
+        return "logits that are NaN or infinite" if bad else range_problem(tensor)
 
     def set_form(self: Any, adapter_name: str, tensors: dict[str, Tensor]) -> set[str]:
         """Let the layers hold selections where these are selections, and logits where they are logits."""
