@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from vblora_triton.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
     from vblora_triton.exchange.convert import convert_to_lora
+    from vblora_triton.exchange.merge import merge_to_folder
     from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
     from vblora_triton.ops.dispatch import use_backend
     from vblora_triton.optim import parameter_groups
@@ -69,6 +70,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "is_patched",
+    "merge_to_folder",
     "ops",
     "parameter_groups",
     "patch_peft",
@@ -81,6 +83,7 @@ __all__ = [
 _HOMES = {
     "use_backend": "ops.dispatch",
     "convert_to_lora": "exchange.convert",
+    "merge_to_folder": "exchange.merge",
     "PeftModel": "peft_model",
     "get_layer_status": "status",
     "get_model_status": "status",

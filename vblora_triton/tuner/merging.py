@@ -109,7 +109,7 @@ def merge_layers(
         TypeError: `adapter_names` is a string, or a base weight is quantised.
     """
     names = {key: layer.adapters_to_merge(adapter_names) for key, layer in layers.items()}
-    _check_alone(model, {key: layers[key] for key in layers if names[key]})
+    check_alone(model, {key: layers[key] for key in layers if names[key]})
     if safe_merge:
         for key, layer in _shown(layers.items(), progressbar, "Checking"):
             layer.merged_weight(names[key], check_finite=True)
@@ -171,7 +171,7 @@ def unload_model(model: nn.Module, wrappers: dict[str, Any], kept: list[str]) ->
         setattr(model.get_submodule(parent), child, bare)
 
 
-def _check_alone(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
+def check_alone(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
     """Check that nothing else in the model reads the weights of these layers, which merging would change for it too."""
     weights = {_place(layer.weight): key for key, layer in layers.items()}
     bases = {id(layer.get_base_layer()): key for key, layer in layers.items()}
