@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     )
     from vblora_triton.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
     from vblora_triton.exchange.convert import convert_to_lora
+    from vblora_triton.exchange.difference import diff_adapters
+    from vblora_triton.exchange.inspection import inspect_adapter
     from vblora_triton.exchange.merge import merge_to_folder
+    from vblora_triton.exchange.pack import pack_adapter
     from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
     from vblora_triton.ops.dispatch import use_backend
     from vblora_triton.optim import parameter_groups
@@ -65,13 +68,16 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "convert_to_lora",
+    "diff_adapters",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inspect_adapter",
     "is_patched",
     "merge_to_folder",
     "ops",
+    "pack_adapter",
     "parameter_groups",
     "patch_peft",
     "set_peft_model_state_dict",
@@ -83,7 +89,10 @@ __all__ = [
 _HOMES = {
     "use_backend": "ops.dispatch",
     "convert_to_lora": "exchange.convert",
+    "diff_adapters": "exchange.difference",
+    "inspect_adapter": "exchange.inspection",
     "merge_to_folder": "exchange.merge",
+    "pack_adapter": "exchange.pack",
     "PeftModel": "peft_model",
     "get_layer_status": "status",
     "get_model_status": "status",

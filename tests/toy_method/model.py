@@ -1,13 +1,14 @@
 """The toy method on a whole model."""
 
 from tests.toy_method.config import ToyConfig
+from tests.toy_method.contents import ToyContents
 from tests.toy_method.files import ToyFiles
 from tests.toy_method.layer import Linear, ToyLayer
 from vblora_triton.tuner.model import BaseTuner
 from vblora_triton.tuner.targets import LORA_TARGETS
 
 
-class ToyModel(ToyFiles, BaseTuner):
+class ToyModel(ToyFiles, ToyContents, BaseTuner):
     prefix = "toy_"
     config_class = ToyConfig
     tuner_layer_cls = ToyLayer

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vblora_triton import __version__, checkpoint, hub
+from vblora_triton import checkpoint, hub
 from vblora_triton.errors import InputError
 from vblora_triton.exchange import shards
 from vblora_triton.exchange.output import check_new
@@ -24,7 +24,7 @@ from vblora_triton.peft_model import PeftModel
 from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.file_keys import live_bias_name
 from vblora_triton.tuner.layer import ModulesToSaveWrapper
-from vblora_triton.tuner.merging import check_untied
+from vblora_triton.tuner.merging import check_alone
 from vblora_triton.tuner.model import BaseTuner
 
 _STATE = "merge.json"
@@ -119,7 +119,7 @@ class _Change:
         self._old, groups = old, _tied(stored.base)
         self._tuner = _on_meta(stored)
         layers = dict(self._tuner.adapted_layers())
-        check_untied(stored.base, list(layers), layers)
+        check_alone(stored.base, layers)
         self.layers = {f"{name}.weight": name for name in layers}
         own = dict(_whole(self._tuner, stored.tensors))
         shapes = {name: layers[layer].base_layer.weight.shape for name, layer in self.layers.items()}
@@ -238,7 +238,7 @@ def _fingerprint(stored: StoredAdapter, old: Shards) -> str:
     files = [stored.file, stored.folder / checkpoint.CONFIG_NAME]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     base = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in old.files]
-    return json.dumps([__version__, torch.__version__, hashes, base])
+    return json.dumps([torch.__version__, hashes, base])
 
 
 def _begin(work: Path, state: str, size: int) -> None:
