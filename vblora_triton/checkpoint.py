@@ -96,6 +96,9 @@ def save_adapters(
         )
     if Path(save_directory).is_file():
         raise ValueError(f"`save_directory` is {str(save_directory)!r}, which is a file; give a folder.")
+    for name in adapter_names:
+        # A field may have been set since, such as save_only_topk_weights.
+        tuner.peft_config[name].check()
     states = {name: apart(adapter_state_dict(tuner, name, state_dict)) for name in adapter_names}
     kind = type(tuner.model)
     for name, tensors in states.items() if write else ():

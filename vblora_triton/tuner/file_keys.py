@@ -12,7 +12,8 @@ from vblora_triton.tuner.injection import InjectionPlan
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
 
 Shapes = dict[str, tuple[int, ...]]
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What adapters are kept in; torch computes too little in others, of 8 bits.
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class AdapterFiles:
@@ -47,7 +48,7 @@ class AdapterFiles:
         if not tensor.is_floating_point():
             # A module that is saved whole may count something in integers.
             return f"dtype {tensor.dtype}, a floating one is needed" if cls.prefix in key else None
-        if tensor.dtype not in _FLOATING:
+        if tensor.dtype not in FLOATING:
             return f"dtype {tensor.dtype}, float32, float64 or a 16-bit one is needed"
         if not torch.isfinite(tensor).all():
             return "values that are not finite"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton.ops import cpu, reference
-from vblora_triton.tuner.file_keys import AdapterFiles, Shapes, at_least_float32, range_problem
+from vblora_triton.tuner.file_keys import FLOATING, AdapterFiles, Shapes, at_least_float32, range_problem
 from vblora_triton.tuner.injection import InjectionPlan
 from vblora_triton.vblora.config import VBLoRAConfig
 
@@ -113,7 +113,7 @@ def topk_problem(indices: Tensor, weights: Tensor, num_vectors: int) -> str | No
     """Say what makes a pair of tensors of a file no top-k form, or None."""
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         return f"indices of dtype {indices.dtype}, integers are needed"
-    if not weights.is_floating_point():
+    if weights.dtype not in FLOATING:
         return f"weights of dtype {weights.dtype}, floating ones are needed"
     wide = indices.long()
     if wide.numel() and (wide.min() < 0 or wide.max() >= num_vectors):
@@ -172,7 +172,7 @@ class VBLoRAFiles(AdapterFiles):
     ) -> tuple[dict[str, Tensor], Shapes, bool]:
         """Turn what a file holds into what the model will hold; logits that are not all there become selections."""
         # Logits with entries of -inf: a top-k file that another writer read and saved again in full.
-        cut = any(_is_logits(key) and t.is_floating_point() and torch.isneginf(t).any() for key, t in tensors.items())
+        cut = any(_is_logits(key) and t.dtype in FLOATING and torch.isneginf(t).any() for key, t in tensors.items())
         if not cut and not any(map(_is_topk, tensors)):
             return tensors, expected, False
         unpacked, wanted = dict(tensors), dict(expected)
@@ -196,7 +196,7 @@ class VBLoRAFiles(AdapterFiles):
         """Say what makes a tensor unfit for an adapter, or None."""
         if key.endswith(INDICES):
             return None  # checked with the weights, while unpacking
-        if not _is_logits(key) or not tensor.is_floating_point():
+        if not _is_logits(key) or tensor.dtype not in FLOATING:
             return super().tensor_problem(key, tensor)
         # -inf is an entry that is not selected, so long as others of its row are.
         bad = torch.isnan(tensor).any() or torch.isposinf(tensor).any() or torch.isneginf(tensor).all(-1).any()
