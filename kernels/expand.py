@@ -28,6 +28,7 @@ def _expand_fwd_kernel(
     blocks_each,
     partials,
     stride_sp,
+    stride_sm,
     stride_bm,
     stride_bn,
     stride_ym,
@@ -65,7 +66,9 @@ def _expand_fwd_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask_mn = mask_m[:, None] & mask_n[None, :]
-        s = load_rank_tile(S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_sp, AHEAD)  # l2: bytes / COPIES
+        s = load_rank_tile(
+            S_ptr, offs_m, mask_m, offs_i, mask_i, stride_sm, partials, stride_sp, AHEAD
+        )  # l2: bytes / COPIES
         if STotal_ptr is not None:
             # From the first copy.
             total_ptrs = STotal_ptr + offs_m[:, None] * R + offs_i[None, :]
@@ -95,6 +98,7 @@ def _expand_bwd_kernel(
     R,
     blocks_m,
     blocks_n,
+    stride_sm,
     stride_dym,
     stride_dyn,
     VECTOR: tl.constexpr,
@@ -148,7 +152,7 @@ def _expand_bwd_kernel(
                 tl.store(ds_ptrs, ds, mask=mask_mr)
             if DB_ptr is not None:
                 s = load_rank_tile(
-                    S_ptr, offs_m, mask_m, offs_i, mask_i, R, partials=1, stride_p=0, AHEAD=1
+                    S_ptr, offs_m, mask_m, offs_i, mask_i, stride_sm, partials=1, stride_p=0, AHEAD=1
                 )  # l2: bytes / COPIES
                 s = term(s, copy[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
                 acc_db = dot(tl.trans(dy), s, acc_db, INPUT_PRECISION)
@@ -166,14 +170,14 @@ def launch_expand_fwd(
     """y = base + s B^T.
 
     Args:
-        s: (partials, M, r) fp32, contiguous, of `shrink.launch_shrink_fwd`.
+        s: (partials, M, r) fp32, its columns contiguous, of `shrink.launch_shrink_fwd`.
         base: (M, N), any strides, or None. Rows that are one and the same (stride 0), as a bias's, are read once.
         vector_bank: (num_vectors, vector_length), contiguous.
         indices, weights: (..., topk), int32 and fp32, contiguous: the selection of B's rows, N/vector_length * r of
             them.
         y: (M, N), written; may be `base` itself.
     Returns:
-        The sum of the partials of s, (M, r) fp32.
+        The sum of the partials of s, (M, r) fp32, its columns contiguous.
     """
     (partials, M, r), N = s.shape, y.shape[1]
     total = torch.empty((M, r), dtype=torch.float32, device=s.device) if partials > 1 else None
@@ -197,6 +201,7 @@ def launch_expand_fwd(
         blocks_each=config.pop("blocks_each"),
         partials=partials,
         stride_sp=s.stride(0),
+        stride_sm=s.stride(1),
         stride_bm=0 if base is None else base.stride(0),
         stride_bn=0 if base is None else base.stride(1),
         stride_ym=y.stride(0),
@@ -224,7 +229,7 @@ def launch_expand_bwd(
 
     Args:
         dy: (M, N), any strides.
-        s: (M, r) fp32, contiguous.
+        s: (M, r) fp32, its columns contiguous.
         vector_bank, indices, weights: as in `launch_expand_fwd`.
     Returns:
         ds (partials, M, r) and dB (partials, r, N), both fp32, to be added up in order; None where not needed.
@@ -252,6 +257,7 @@ def launch_expand_bwd(
         R=r,
         blocks_m=config.pop("blocks_each"),
         blocks_n=blocks_n,
+        stride_sm=s.stride(0),
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         VECTOR=vector_bank.shape[1],

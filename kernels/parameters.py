@@ -159,6 +159,7 @@ def _parameter_grads_kernel(
     TOPK: tl.constexpr,
     NEED_A: tl.constexpr,
     NEED_B: tl.constexpr,
+    ADD_TO_BANK: tl.constexpr,
     PARTIALS: tl.constexpr,
     MATCHES: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -256,6 +257,8 @@ def _parameter_grads_kernel(
         )
         dbank_ptrs = DBank_ptr + offs_v[:, None] * VECTOR + offs_c[None, :]
         mask_vc = (offs_v < H)[:, None] & (offs_c < VECTOR)[None, :]
+        if ADD_TO_BANK:
+            acc += tl.load(dbank_ptrs, mask=mask_vc, other=0.0).to(tl.float32)
         tl.store(dbank_ptrs, acc.to(DBank_ptr.dtype.element_ty), mask=mask_vc)
 
 
@@ -270,15 +273,17 @@ def launch_parameter_grads(
     need_logits_A: bool,
     need_logits_B: bool,
     need_bank: bool,
+    dbank: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of logits_A, logits_B and the bank.
 
     Args:
-        dA, dB: (partials, r, K) and (partials, r, N), fp32, contiguous; None where only the other one is needed, which
-            cannot be when the bank's gradient is.
+        dA, dB: (partials, r, K) and (partials, r, N), fp32, each partial contiguous; None where only the other one is
+            needed, which cannot be when the bank's gradient is.
         vector_bank: (num_vectors, vector_length), contiguous.
         selection: indices_A, weights_A, indices_B and weights_B of the rows of both, as of `select.launch_select`.
         logits_shapes: (r, K/vector_length, num_vectors) and (N/vector_length, r, num_vectors).
+        dbank: as vector_bank; the gradient of the bank is added to it, in place, and not returned in memory of its own.
     Returns:
         The three gradients, in the shapes and dtypes of their tensors; None where not needed.
     """
@@ -289,7 +294,8 @@ def launch_parameter_grads(
     config = tuning.parameter_grads(H, vector_length, topk)
     dlogits_A = torch.empty(logits_shapes[0], dtype=logits_dtypes[0], device=device) if need_logits_A else None
     dlogits_B = torch.empty(logits_shapes[1], dtype=logits_dtypes[1], device=device) if need_logits_B else None
-    dbank = torch.empty_like(vector_bank) if need_bank else None
+    adds = dbank is not None
+    dbank = torch.empty_like(vector_bank) if need_bank and not adds else dbank
     bank_tiles = tuning.cdiv(H, config["BLOCK_V"]) * tuning.cdiv(vector_length, config["BLOCK_C"])
     # Where there is nothing to read or write no program does, but the kernel still wants a pointer.
     absent = weights_A
@@ -320,6 +326,7 @@ def launch_parameter_grads(
         TOPK=topk,
         NEED_A=need_logits_A,
         NEED_B=need_logits_B,
+        ADD_TO_BANK=adds,
         **config,
     )
     return dlogits_A, dlogits_B, dbank

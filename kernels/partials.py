@@ -39,24 +39,32 @@ def load_partials_at_once(V_ptr, offs, mask, partials, stride_p, AHEAD: tl.const
 
 
 @triton.jit
-def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, R, partials, stride_p, AHEAD: tl.constexpr):
-    """Rows offs_m and columns offs_i of an (M, R) matrix, added up over its partials: (len(offs_m), len(offs_i))."""
+def load_rank_tile(V_ptr, offs_m, mask_m, offs_i, mask_i, stride_m, partials, stride_p, AHEAD: tl.constexpr):
+    """Rows offs_m, columns offs_i of an (M, R) matrix, added up over its partials: (len(offs_m), len(offs_i))."""
     mask = mask_m[:, None] & mask_i[None, :]
-    return load_partials_at_once(V_ptr, offs_m[:, None] * R + offs_i[None, :], mask, partials, stride_p, AHEAD)
+    return load_partials_at_once(V_ptr, offs_m[:, None] * stride_m + offs_i[None, :], mask, partials, stride_p, AHEAD)
 
 
 @triton.jit(do_not_specialize=["numel", "partials", "stride_p"])
-def _sum_partials_kernel(V_ptr, Out_ptr, numel, partials, stride_p, AHEAD: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_partials_kernel(
+    V_ptr, Out_ptr, numel, R, partials, stride_p, stride_om, AHEAD: tl.constexpr, BLOCK: tl.constexpr
+):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
-    tl.store(Out_ptr + offs, load_partials_at_once(V_ptr, offs, mask, partials, stride_p, AHEAD), mask=mask)
+    total = load_partials_at_once(V_ptr, offs, mask, partials, stride_p, AHEAD)
+    tl.store(Out_ptr + (offs // R * stride_om + offs % R), total, mask=mask)
 
 
-def launch_sum_partials(partials: Tensor) -> Tensor:
-    """Add up the partials of a (partials, M, r) fp32 tensor, in order; one alone is returned as it is."""
-    if partials.shape[0] == 1:
-        return partials[0]
-    total = torch.empty_like(partials[0])
+def launch_sum_partials(partials: Tensor, total: Tensor | None = None) -> Tensor:
+    """Add up the partials of a (partials, M, r) fp32 tensor, in order.
+
+    Args:
+        total: (M, r) fp32, its columns contiguous, written. Without it one partial alone is returned as it is.
+    """
+    if total is None:
+        if partials.shape[0] == 1:
+            return partials[0]
+        total = torch.empty_like(partials[0])
     config = tuning.sum_partials(partials.shape[0])
     launch(
         _sum_partials_kernel,
@@ -64,8 +72,10 @@ def launch_sum_partials(partials: Tensor) -> Tensor:
         V_ptr=partials,
         Out_ptr=total,
         numel=total.numel(),
+        R=total.shape[1],
         partials=partials.shape[0],
         stride_p=partials.stride(0),
+        stride_om=total.stride(0),
         **config,
     )
     return total

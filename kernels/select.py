@@ -81,7 +81,7 @@ def _mix_rows(
     weights,
     offs_row,
     mask_row,
-    rows,
+    stride_term,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -99,7 +99,7 @@ def _mix_rows(
             mixture += weight * tl.load(Bank_ptr + index * VECTOR + offs_c, mask=mask, other=0.0).to(tl.float32)
         out_ptrs = Out_ptr + (offs_row.to(tl.int64)[:, None] * VECTOR + offs_c)
         for i in tl.static_range(SPLITS):
-            tl.store(out_ptrs + tl.cast(rows, tl.int64) * (i * VECTOR), term(mixture, i, SPLITS), mask=mask)
+            tl.store(out_ptrs + tl.cast(stride_term, tl.int64) * i, term(mixture, i, SPLITS), mask=mask)
 
 
 @triton.jit
@@ -117,6 +117,7 @@ def _select_kernel(
     H,
     stride_A,
     stride_B,
+    stride_term,
     VECTOR: tl.constexpr,
     TOPK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -139,7 +140,7 @@ def _select_kernel(
             LogitsA_ptr, IdxA_ptr, WA_ptr, offs_row, mask, H, stride_A, TOPK, ONE_BLOCK, BLOCK_H
         )
         if A_ptr is not None:
-            _mix_rows(Bank_ptr, A_ptr, indices, weights, offs_row, mask, rows_A, VECTOR, TOPK, SPLITS, BLOCK_C)
+            _mix_rows(Bank_ptr, A_ptr, indices, weights, offs_row, mask, stride_term, VECTOR, TOPK, SPLITS, BLOCK_C)
     else:
         offs_row = (pid - programs_A) * BLOCK_ROWS + offs
         _select_rows(LogitsB_ptr, IdxB_ptr, WB_ptr, offs_row, offs_row < rows_B, H, stride_B, TOPK, ONE_BLOCK, BLOCK_H)
@@ -159,8 +160,8 @@ def launch_select(
         selection: indices_A, weights_A, indices_B, weights_B: as many rows of topk, at most num_vectors, int32 and
             fp32, contiguous; written, the largest logit of a row first.
         vector_bank: (num_vectors, vector_length), contiguous; where A is given.
-        A: (terms, rows_A, vector_length), contiguous, written: of each mixture its bf16 terms (split.py), or in fp32
-            the mixture.
+        A: (terms, rows_A, vector_length), each term contiguous, written: of each mixture its bf16 terms (split.py), or
+            in fp32 the mixture.
     """
     (rows_A, H), rows_B, topk = logits_A.shape, logits_B.shape[0], selection[0].shape[-1]
     indices_A, weights_A, indices_B, weights_B = selection
@@ -183,6 +184,7 @@ def launch_select(
         H=H,
         stride_A=logits_A.stride(0),
         stride_B=logits_B.stride(0),
+        stride_term=0 if A is None else A.stride(0),
         VECTOR=vector_length,
         TOPK=topk,
         SPLITS=splits,

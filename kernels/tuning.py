@@ -139,6 +139,8 @@ def two_products(M: int, C: int, dtype: torch.dtype, r: int, adds: bool = False,
     rows, options, columns = tile(M, dtype, r)
     if drops:
         options["num_stages"] = min(options["num_stages"], 2)
+    if 4 < r <= 16 and dtype == torch.bfloat16 and M > FEW_ROWS:
+        rows, columns, options = 32, 128, {"num_warps": 8, "num_stages": min(options["num_stages"] + 1, 3)}
     if adds:
         # More spill on sm_80.
         columns = min(columns, 64)
@@ -179,7 +181,7 @@ def parameter_grads(H: int, vector_length: int, topk: int) -> dict[str, int]:
 @remembered
 def sum_partials(partials: int) -> dict[str, int]:
     """All of up to 32 partials come from memory at once: the first, and AHEAD more."""
-    return {"AHEAD": min(power_of_2(partials), 32) - 1, "BLOCK": 128, "num_warps": 4}
+    return {"AHEAD": max(1, min(power_of_2(partials), 32) - 1), "BLOCK": 128, "num_warps": 4}
 
 
 @remembered

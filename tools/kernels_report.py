@@ -4,13 +4,15 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.cases import LINEARS
 from tools.aot import SHARED_LIMIT, TARGETS, compiling, sass
-from vblora_triton.ops import triton_vblora, triton_vera
+from vblora_triton.kernels import tuning
+from vblora_triton.ops import triton_together, triton_vblora, triton_vera
 
 # (in, out) of the linears that ship: Llama-2-7B's, and of Llama-3-70B those of other shapes.
 SHAPES = {name: shape for name, shape in LINEARS.items() if name.startswith("llama")}
@@ -53,6 +55,40 @@ def vblora_passes(
     )
 
 
+class _Context(SimpleNamespace):
+    """What torch.autograd gives a Function, as far as `Together` wants it."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, _: bool) -> None:
+        pass
+
+
+def vblora_together_passes(
+    K: int, N: int, M: int, h: int, dtype: torch.dtype, *, count: int, r: int = 4, b: int = 256, k: int = 2
+) -> Passes:
+    """Forward and backward of `count` such linears that read one x, as one node; what is kept begins with their y."""
+    meta = {"device": "meta"}
+    x, bank = torch.empty(M, K, dtype=dtype, **meta), torch.empty(h, b, **meta)
+    weight, logits_A = torch.empty(N, K, dtype=dtype, **meta), torch.empty(r, K // b, h, **meta)
+    layers = [(weight, None, logits_A, torch.empty(N // b, r, h, **meta))] * count
+
+    context = _Context()
+    context.needs_input_grad = [True, True, False, *[False, False, True, True] * count]
+
+    def forward(_: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        *ys, _ = triton_together.Together.forward(context, x, bank, k, *(t for own in layers for t in own))
+        return *ys, *context.saved_tensors
+
+    def backward(found: tuple[torch.Tensor, ...], dx: torch.Tensor | None = None) -> list[torch.Tensor]:
+        with torch.no_grad():
+            grads = triton_together.Together.backward(context, *found[:count], dx)
+        return [grad for grad in grads if grad is not None]
+
+    return Passes((x, bank, *(t for own in layers for t in own[2:])), forward, backward)
+
+
 def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: float = 0.0) -> Passes:
     """Forward and backward of one linear adapted by VeRA."""
     meta = {"device": "meta"}
@@ -89,6 +125,13 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
     passes.backward(found)
     passes.backward(found, torch.empty_like(x))
     triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
+    if not p and M > tuning.FEW_ROWS:
+        for count in (2, 3):
+            if count * sizes.get("r", 4) <= triton_together.MAX_RANKS:
+                together = vblora_together_passes(K, N, M, h, dtype, count=count, k=k, **sizes)
+                found = together.forward(None)
+                together.backward(found)
+                together.backward(found, torch.empty_like(x))
 
 
 def launch_all_vera(K: int, N: int, M: int, dtype: torch.dtype, **sizes: Any):

@@ -100,7 +100,7 @@ def test_checkpointing_gives_the_same_gradients_and_gets_a_time():
 
 
 def test_a_broken_kernel_is_reported_as_wrong_and_not_timed(monkeypatch):
-    kernels = triton_vblora._kernels()
+    kernels = triton_vblora.launchers()
     launch = kernels.launch_expand_fwd
 
     def broken(*arguments):

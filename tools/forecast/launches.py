@@ -9,22 +9,27 @@ from torch import Tensor
 
 from tools.aot import compiling
 from tools.forecast.predict import Launch
-from tools.kernels_report import vblora_passes, vera_passes
+from tools.kernels_report import vblora_passes, vblora_together_passes, vera_passes
 from vblora_triton.kernels import launch
 
 # Tokens up to which the activations of a linear stay in L2.
 HOT = 256
 
 
-def collect(method: str, K: int, N: int, M: int, *, r: int, h: int = 256, p: float = 0.0) -> dict[str, list[Launch]]:
-    """Every launch of forward and backward of one adapted linear in bf16; on meta tensors, so that nothing runs.
+def collect(
+    method: str, K: int, N: int, M: int, *, r: int, h: int = 256, p: float = 0.0, together: int = 1
+) -> dict[str, list[Launch]]:
+    """Every launch of forward and backward of an adapted linear in bf16; on meta tensors, so that nothing runs.
 
     Args:
         method: "vblora" or "vera".
         h: vectors of VB-LoRA's bank, each of 256 elements.
         p: dropout.
+        together: of VB-LoRA, how many such linears read one x and are computed as one node.
     """
-    if method == "vblora":
+    if together > 1:
+        passes = vblora_together_passes(K, N, M, h, torch.bfloat16, count=together, r=r)
+    elif method == "vblora":
         passes = vblora_passes(K, N, M, h, torch.bfloat16, r=r, p=p)
     else:
         passes = vera_passes(K, N, M, torch.bfloat16, r=r, p=p)
@@ -54,7 +59,7 @@ def collect(method: str, K: int, N: int, M: int, *, r: int, h: int = 256, p: flo
         with launch.intercepted(note):
             kept = passes.forward(None)
             # x and y; what forward keeps beside y was written just now.
-            launches("forward", [given[0], kept[0]], [*given, *kept])
+            launches("forward", [given[0], *kept[:together]], [*given, *kept])
             grads = passes.backward(kept)
             # What forward kept has long left L2.
             launches("backward", [given[0], *kept, grads[0]], [*given, *kept, *grads])

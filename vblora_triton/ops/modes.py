@@ -70,6 +70,16 @@ def below_autograd() -> AbstractContextManager[Any]:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def has_saved_tensor_hooks() -> bool:
+    """Say whether somebody takes what is saved for backward, as checkpointing does, which compares and counts it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def stream_of(x: Tensor) -> int:
+    """The stream on which work on x is queued; 0 on a CPU."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+
+
 class TensorState(NamedTuple):
     """A tensor's identity, memory and version: as long as all of them hold, so do its values.
 

@@ -117,10 +117,7 @@ class Differentiable(Operator):
                 if dy is None:
                     # Of a layer whose result nobody used; others read the x that it handed on.
                     return dx, *[None] * (len(ctx.needs_input_grad) - 1)
-                if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
-                    raise NotImplementedError(
-                        f"{name} takes no batches of gradients (is_grads_batched) in Triton; use backend='reference'."
-                    )
+                refuse_batches(name, dy)
                 needs = [position is not None and ctx.needs_input_grad[position] for position in gradients]
                 grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
                 if any(needs):
@@ -177,6 +174,14 @@ def rows_of(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
+def refuse_batches(name: str, dy: Tensor) -> None:
+    """Raise NotImplementedError for the gradient that autograd makes of several with is_grads_batched."""
+    if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
+        raise NotImplementedError(
+            f"{name} takes no batches of gradients (is_grads_batched) in Triton; use backend='reference'."
+        )
+
+
 def first_derivative_only(backward: Callable) -> Callable:
     """Decorate the backward of an autograd.Function that has no derivative of its own; autocast is off inside.
 
@@ -196,8 +201,9 @@ def first_derivative_only(backward: Callable) -> Callable:
                 )
             with torch.no_grad():
                 return checked(ctx, *grads)
-        # Where the result was not used there is none, and nothing to multiply.
-        with nullcontext() if grads[0] is None else modes.no_autocast(grads[0].device.type):
+        # Of a result that was not used there is none.
+        device = next((g.device.type for g in grads if g is not None), "meta")
+        with modes.no_autocast(device):
             return backward(ctx, *grads)
 
     return checked

@@ -11,12 +11,15 @@ layer whose result is not used hands on what it receives. The gradients are thos
 and modules see what they always do; one on the grad_fn of y sees the sum that it takes part in, in memory that the next
 layer adds to.
 
-And values: VeRA's layers read x by one A, and project it once.
+Values: VeRA's layers read x by one A, and project it once.
+
+And whole calls. Which layers read one x a model's memory, `Readers`, knows from its last forward pass. The first of
+them may then compute all of them, and the others find their results (`triton_together`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import get_ident
@@ -25,25 +28,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vblora_triton.ops import modes
 from vblora_triton.ops.modes import TensorState, is_plain
 
 # The last argument of an op that is to hand x on: its result is y and an alias.
 HANDS_ON = object()
 
 
+# What an op is called with beside x: tensors that stay the same from step to step, and numbers.
+Arguments = tuple[Any, ...]
+
+
+def _key(arguments: Arguments) -> tuple[Any, ...]:
+    """What tells calls apart: the very same tensors, and equal numbers."""
+    return tuple(id(a) if isinstance(a, Tensor) else a for a in arguments)
+
+
+def _versions(arguments: Arguments) -> list[int]:
+    return [a._version for a in arguments if isinstance(a, Tensor)]
+
+
+class Readers:
+    """A model's memory of the calls that read one x in its last forward pass.
+
+    following: the first call -> itself, for its tensors must live as long as their ids are known, and those that came
+        after it; or itself alone, where these once came otherwise than it had been foreseen.
+    """
+
+    def __init__(self) -> None:
+        self.following: dict[Any, list[Arguments]] = {}
+
+    def __reduce__(self) -> Any:
+        # A copy is of another model.
+        return Readers, ()
+
+
 class _Shared:
     """The last x that a layer read, its newest alias, and what was made of it, by what it was made with."""
 
-    def __init__(self) -> None:
+    def __init__(self, readers: Readers | None = None) -> None:
         self.thread = get_ident()
         self.x: TensorState | None = None
+        self.stream = 0
         self.alias: Tensor | None = None
         self.values: dict[Any, Any] = {}
+        # Calls that could have been computed together and were not, and what was computed ahead, in how which tensors
+        # were then.
+        self.calls: list[Arguments] = []
+        self.ahead: dict[Any, tuple[list[int], Tensor]] = {}
+        self.leader: Any = None
+        self.readers = readers
+        self.following: dict[Any, list[Arguments]] = {}
 
     def meets(self, x: Tensor) -> None:
-        """Forget what is of another tensor, or of other values."""
-        if self.x is None or not self.x.holds(x):
-            self.x, self.alias, self.values = TensorState.of(x), None, {}
+        """Forget what is of another tensor, of other values, or of another stream, which does not wait for this one."""
+        stream = modes.stream_of(x)
+        if self.x is None or self.stream != stream or not self.x.holds(x):
+            self.leaves()
+            self.x, self.stream, self.alias, self.values = TensorState.of(x), stream, None, {}
+
+    def leaves(self) -> None:
+        """Note which calls read x, now that none will."""
+        if self.ahead:
+            self.following[self.leader] = self.following[self.leader][:1]
+        elif len(self.calls) > 1:
+            self.following[_key(self.calls[0])] = self.calls
+        self.calls, self.ahead = [], {}
 
 
 # Of the forward pass of a model that is under way; None outside of one.
@@ -57,11 +107,20 @@ def _of_this_thread() -> _Shared | None:
 
 
 @contextmanager
-def shared_inputs() -> Iterator[None]:
-    """Let layers that read the very same tensor, inside the context, share. Nothing outlives it."""
-    token = _shared.set(_Shared())
+def shared_inputs(readers: Readers | None = None) -> Iterator[None]:
+    """Let layers that read the very same tensor, inside the context, share; only what `readers` note outlives it.
+
+    Args:
+        readers: of the model whose forward pass it is.
+    """
+    shared = _Shared(readers)
+    token = _shared.set(shared)
     try:
         yield
+        shared.leaves()
+        if readers is not None and shared.following:
+            # Of calls that did not come back nothing is kept.
+            readers.following = shared.following
     finally:
         _shared.reset(token)
 
@@ -84,6 +143,42 @@ def hand_on(alias: Tensor) -> None:
     shared = _of_this_thread()
     if shared is not None:
         shared.alias = alias
+
+
+def take_result(x: Tensor, arguments: Arguments) -> Tensor | None:
+    """Return what was computed ahead for this call of x, if that was and nothing has changed since."""
+    shared = _of_this_thread()
+    if shared is None or not shared.ahead:
+        return None
+    shared.meets(x)
+    key = _key(arguments)
+    if key not in shared.ahead or shared.ahead[key][0] != _versions(arguments):
+        # If it does not come any more, `leaves` finds it.
+        return None
+    return shared.ahead.pop(key)[1]
+
+
+def followers_of(x: Tensor, arguments: Arguments) -> list[Arguments]:
+    """Return the calls of x that will come after this one, so far as is known; remember this one for the next pass."""
+    shared = _of_this_thread()
+    if shared is None or shared.readers is None:
+        return []
+    shared.meets(x)
+    key = _key(arguments)
+    known = shared.readers.following.get(key)
+    if known is not None:
+        shared.following[key] = known
+    elif key not in map(_key, shared.calls):
+        shared.calls.append(arguments)
+    return [] if known is None or shared.ahead else known[1:]
+
+
+def keep_results(leader: Arguments, followers: list[Arguments], results: Sequence[Tensor]) -> None:
+    """Keep what was computed ahead of the x of the last `followers_of`."""
+    shared = _of_this_thread()
+    if shared is not None:
+        shared.leader = _key(leader)
+        shared.ahead = {_key(call): (_versions(call), y) for call, y in zip(followers, results, strict=True)}
 
 
 def writable(dx: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from vblora_triton.ops.register import Differentiable, Operator, as_rows, on_dev
 
 
 @cache
-def _kernels() -> SimpleNamespace:
+def launchers() -> SimpleNamespace:
     """The launchers, which are imported at the first call of an operator."""
     from vblora_triton.kernels import compose, dropout, expand, parameters, partials, select, shrink, tuning
 
@@ -58,7 +58,7 @@ def _empty_selection(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection
 def _select(logits_A: Tensor, logits_B: Tensor, topk: int) -> Selection:
     found = _empty_selection(logits_A, logits_B, topk)
     with on_device(logits_A.device):
-        _kernels().launch_select(as_rows(logits_A), as_rows(logits_B), found)
+        launchers().launch_select(as_rows(logits_A), as_rows(logits_B), found)
     return found
 
 
@@ -88,7 +88,7 @@ def _linear_bwd(
     Args:
         others_dx: what that of x is added to, in place.
     """
-    kernels, selection = _kernels(), Selection(indices_A, weights_A, indices_B, weights_B)
+    kernels, selection = launchers(), Selection(indices_A, weights_A, indices_B, weights_B)
     need_x, need_logits_A, need_logits_B, need_bank = needs
     need_dA, need_dB = need_logits_A or need_bank, need_logits_B or need_bank
     if x.numel() == 0 or dy.numel() == 0:
@@ -121,7 +121,7 @@ def _linear_bwd(
             dB,
             bank,
             selection,
-            _logits_shapes(selection, vector_bank),
+            logits_shapes(selection, vector_bank),
             (dtype_A, dtype_B),
             need_logits_A=need_logits_A,
             need_logits_B=need_logits_B,
@@ -130,14 +130,14 @@ def _linear_bwd(
     return [grad for grad in (dx, *grads) if grad is not None]
 
 
-def _logits_shapes(selection: Selection, bank: Tensor) -> tuple[torch.Size, torch.Size]:
+def logits_shapes(selection: Selection, bank: Tensor) -> tuple[torch.Size, torch.Size]:
     shape_A, shape_B = ((*t.shape[:2], bank.shape[0]) for t in (selection.indices_A, selection.indices_B))
     return torch.Size(shape_A), torch.Size(shape_B)
 
 
 def _linear_bwd_fake(dy: Tensor, x: Tensor, s: Tensor, *rest: Any) -> list[Tensor]:
     *selection, bank, _, _, dtype_A, dtype_B, needs = rest
-    shapes = (x.shape, *_logits_shapes(Selection(*selection), bank), bank.shape)
+    shapes = (x.shape, *logits_shapes(Selection(*selection), bank), bank.shape)
     like = zip(shapes, (x.dtype, dtype_A, dtype_B, bank.dtype), needs, strict=True)
     return [x.new_empty(shape, dtype=dtype) for shape, dtype, need in like if need]
 
@@ -179,7 +179,7 @@ def _linear_fwd(
         # Nothing to multiply, and no launch: backward looks at none of these either.
         _write_base(y, base)
         return _linear_fake(y, x, base, logits_A, logits_B, vector_bank, topk)
-    kernels, bank, r = _kernels(), vector_bank.contiguous(), logits_A.shape[0]
+    kernels, bank, r = launchers(), vector_bank.contiguous(), logits_A.shape[0]
     selection = _empty_selection(logits_A, logits_B, topk)
     with on_device(x.device):
         A = None
@@ -202,7 +202,7 @@ def _products(
     seed: Tensor | None,
 ) -> Tensor:
     """Write y = base + dropout(x) A^T B^T; return s. A: its terms, or None where they are not kept."""
-    kernels, (indices_A, weights_A, indices_B, weights_B) = _kernels(), selection
+    kernels, (indices_A, weights_A, indices_B, weights_B) = launchers(), selection
     dropout, base_rows = kernels.Dropout.of(dropout_p, seed), None if base is None else rows_of(base)
     s = kernels.launch_shrink_fwd(rows_of(x), A, bank, indices_A, weights_A, r, dropout)
     return kernels.launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, rows_of(y))
@@ -254,7 +254,7 @@ def _selected_fwd(
     if x.numel() == 0 or y.numel() == 0:
         _write_base(y, base)
         return _selected_fake(y, x, base, indices_A)
-    kernels, bank, r, topk = _kernels(), vector_bank.contiguous(), indices_A.shape[0], indices_A.shape[-1]
+    kernels, bank, r, topk = launchers(), vector_bank.contiguous(), indices_A.shape[0], indices_A.shape[-1]
     with on_device(x.device):
         A = None
         if x.numel() > kernels.FEW_ROWS * x.shape[-1]:
@@ -287,7 +287,7 @@ linear_selected = Differentiable(
 
 def _compose_fwd(out: Tensor, logits: Tensor, vector_bank: Tensor, topk: int) -> tuple[Tensor, ...]:
     """Write the mixtures; return the selection."""
-    kernels, rows = _kernels(), as_rows(logits)
+    kernels, rows = launchers(), as_rows(logits)
     indices, weights = _compose_fake(out, logits, vector_bank, topk)
     with on_device(logits.device):
         kernels.launch_select(rows, rows[:0], (indices, weights, indices, weights))
@@ -313,7 +313,7 @@ def _compose_bwd(
     rows, h = indices.shape[0], vector_bank.shape[0]
     # The rows are those of one A of rank 1, as wide as all mixtures together.
     with on_device(d_out.device):
-        d_logits, _, d_bank = _kernels().launch_parameter_grads(
+        d_logits, _, d_bank = launchers().launch_parameter_grads(
             d_out.reshape(1, 1, -1).float().contiguous(),
             None,
             vector_bank.contiguous(),

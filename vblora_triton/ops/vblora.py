@@ -9,6 +9,7 @@ from vblora_triton.ops.dispatch import Choice, choose, choose_linear, remembered
 from vblora_triton.ops.modes import no_autocast
 from vblora_triton.ops.reference import FrozenLinear, Selection
 from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
+from vblora_triton.ops.triton_together import linear_together
 
 
 def compose(logits: Tensor, vector_bank: Tensor, topk: int, *, backend: str = "auto") -> Tensor:
@@ -82,7 +83,10 @@ def vblora_linear(
         ValueError: the sizes disagree, `topk` or `dropout_p` is out of range, or the backend is unknown or cannot run.
         TypeError: an argument is no floating tensor, or has a dtype that the Triton backend was told to run and cannot.
     """
-    chosen = _settle_linear(x, base, logits_A, logits_B, vector_bank, topk, dropout_p, training, backend)
+    arguments = (base, logits_A, logits_B, vector_bank, topk, dropout_p, training, backend)
+    chosen = _settle_linear(x, *arguments)
+    if chosen.may_hand_on and (y := linear_together(_settle_linear, chosen, x, *arguments)) is not None:
+        return y
     base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
     alias = newest_alias(x) if chosen.may_hand_on else None
     with no_autocast(x.device.type):

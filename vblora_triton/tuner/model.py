@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vblora_triton.ops.shared_input import shared_inputs
+from vblora_triton.ops.shared_input import Readers, shared_inputs
 from vblora_triton.tuner.biases import TrainedBiases
 from vblora_triton.tuner.contents import AdapterContents
 from vblora_triton.tuner.file_keys import AdapterFiles
@@ -68,6 +68,7 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         self.active_adapter: str | list[str] = adapter_name
         self.trained_biases, self.kept_biases, self._biases_in_force = {}, {}, set()
         self._disabled = False
+        self._readers = Readers()
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, heads)
 
@@ -329,7 +330,7 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
 
     def running(self) -> AbstractContextManager[Any]:
         """Return a context for a call of the model, in which layers that read one input share."""
-        return nullcontext() if torch.compiler.is_compiling() else shared_inputs()
+        return nullcontext() if torch.compiler.is_compiling() else shared_inputs(self._readers)
 
     def __getattr__(self, name: str) -> Any:
         """Look further in the model."""
