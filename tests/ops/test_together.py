@@ -150,22 +150,25 @@ def test_a_step_that_is_not_as_foreseen_is_right_and_its_first_layer_goes_alone_
 
 
 def test_what_changes_between_two_of_them_is_seen():
-    def use(q, k, v, x):
-        y = q(x)
-        with torch.no_grad():
-            getattr(k, what).add_(0.5)
-        return y, k(x), v(x)
+    def changing(what):
+        def use(q, k, v, x):
+            y = q(x)
+            with torch.no_grad():
+                getattr(k, what).add_(0.5)
+            return y, k(x), v(x)
+
+        return use
 
     for what in ("logits_A", "logits_B"):
         three, other = Three(), Three()
         three.step(qkv)
-        assert_alike(three.step(use), other.step(use, together=False))
+        assert_alike(three.step(changing(what)), other.step(changing(what), together=False))
     # What is saved for backward, as the bank always is, torch does not let be changed.
     for what in ("weight", "bank"):
         three = Three()
         three.step(qkv)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            three.step(use)
+            three.step(changing(what))
 
 
 def test_a_training_step_in_place_between_two_passes_is_seen():

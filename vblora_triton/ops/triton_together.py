@@ -65,8 +65,7 @@ def linear_together(settle: Settle, chosen: Choice, x: Tensor, *arguments: Any) 
     alias = shared_input.newest_alias(x)
     _, _, vector_bank, topk, *_ = others
     layers = [part for call in (own, *followers) for part in call[:4]]
-    with modes.no_autocast(x.device.type):
-        y, *ahead, alias = Together.apply(alias, vector_bank, topk, *layers)
+    y, *ahead, alias = Together.apply(alias, vector_bank, topk, *layers)
     shared_input.hand_on(alias)
     shared_input.keep_results(own, followers, ahead)
     return y
@@ -198,8 +197,10 @@ def _backward(
     found: list[Tensor | None] = [None] * len(needs)
     dBs: list[Tensor | None] = [None] * len(kept)
     dA, adds = None, need_x and dx is not None
+    dx_rows = None
     if need_x:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else shared_input.writable(dx)
+        found[0], dx_rows = dx, rows_of(dx)
     with on_device(x.device):
         ds = torch.empty((kept[0].s.shape[0], rows[-1].stop), dtype=torch.float32, device=x.device)
         for i, (own, dy) in enumerate(zip(kept, dys, strict=True)):
@@ -214,16 +215,17 @@ def _backward(
             if partials is not None:
                 kernels.launch_sum_partials(partials, ds[:, rows[i]])
         if need_x or need_dA:
-            nothing, dx_rows = kernels.Dropout.of(0.0, None), None if not need_x else rows_of(dx)
+            nothing = kernels.Dropout.of(0.0, None)
             dA = kernels.launch_shrink_bwd(
                 rows_of(x), ds, bank, *selection_A, nothing, dx_rows, need_dA=need_dA, add_to_dx=adds
             )
         for i, (own, dy) in enumerate(zip(kept, dys, strict=True)):
             if dy is None:
                 continue
-            if need_x:
-                rows_of(dx).addmm_(rows_of(dy), own.weight)
-            selection = Selection(*(t[rows[i]] for t in selection_A), own.indices_B, own.weights_B)
+            if dx_rows is not None:
+                dx_rows.addmm_(rows_of(dy), own.weight)
+            indices_A, weights_A = (t[rows[i]] for t in selection_A)
+            selection = Selection(indices_A, weights_A, own.indices_B, own.weights_B)
             *found[4 * i + 5 : 4 * i + 7], found[1] = kernels.launch_parameter_grads(
                 None if dA is None else dA[:, rows[i]],
                 dBs[i],
@@ -236,7 +238,6 @@ def _backward(
                 need_bank=need_bank,
                 dbank=found[1],
             )
-    found[0] = dx if need_x else None
     return tuple(found)
 
 
