@@ -231,7 +231,7 @@ def launch_shrink_bwd(
     """
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
-    config = tuning.two_products(M, K, x.dtype, r, add_to_dx, dropout.seed is not None)
+    config = tuning.two_products(M, K, x.dtype, r, True, add_to_dx, dropout.seed is not None)
     partials = config.pop("PARTIALS")
     dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(

@@ -42,7 +42,7 @@ def frames_to_the_first_launch(model: nn.Module, ids: torch.Tensor) -> list[str]
 
 
 @pytest.mark.parametrize("tokens", [8, 40], ids=["few-tokens", "many-tokens"])
-@pytest.mark.parametrize("mode", ["training", "dropout", "evaluation", "checkpointing", "hooked"])
+@pytest.mark.parametrize("mode", ["training", "second-step", "dropout", "evaluation", "checkpointing", "hooked"])
 @pytest.mark.parametrize("method", SIZES)
 def test_from_a_layers_forward_to_the_first_launch_it_is_seven_functions(method, mode, tokens):
     config = {"vblora": VBLoRAConfig, "vera": VeraConfig}[method]
@@ -56,6 +56,11 @@ def test_from_a_layers_forward_to_the_first_launch_it_is_seven_functions(method,
         if mode == "hooked":
             # What somebody else may hold is not written to.
             layer.base_layer.register_forward_hook(lambda module, inputs, output: None)
+    if mode == "second-step":
+        # What the first layer reads has a gradient, and is known to be read by others too.
+        model.enable_input_require_grads()
+        with intercepted(lambda *launch: None):
+            model(input_ids=torch.arange(tokens)[None])
     with torch.set_grad_enabled(mode != "evaluation"):
         frames = frames_to_the_first_launch(model, torch.arange(tokens)[None])
     assert frames[0] == "linear.py:forward"

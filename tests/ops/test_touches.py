@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.models import DEVICE
 from vblora_triton import VeraConfig
 from vblora_triton.kernels.launch import intercepted
+from vblora_triton.ops.shared_input import Readers, shared_inputs
 from vblora_triton.vblora.layer import Linear
 from vblora_triton.vera.layer import Linear as VeraLinear
 from vblora_triton.vera.projection import ProjectionDict, draw_projections
@@ -21,11 +22,15 @@ SILENT = "empty|view|reshape|flatten|alias|stride|expand|detach|transpose|permut
 SILENT += "|aten::(linear|matmul|to|contiguous)$"
 
 
-def layer(method: str, backend: str, bias: bool) -> nn.Module:
+def a_bank() -> nn.ParameterDict:
+    return nn.ParameterDict({"default": nn.Parameter(torch.randn(6, 48, device=DEVICE) * 0.02)})
+
+
+def layer(method: str, backend: str, bias: bool, bank: nn.ParameterDict | None = None) -> nn.Module:
     torch.manual_seed(0)
     base = nn.Linear(K, N, bias=bias).requires_grad_(False)
     if method == "vblora":
-        bank = nn.ParameterDict({"default": nn.Parameter(torch.randn(6, 48, device=DEVICE) * 0.02)})
+        bank = bank or a_bank()
         made: nn.Module = Linear(base, bank, "default", r=R, num_vectors=6, vector_length=48)
     else:
         A, B = ProjectionDict(), ProjectionDict()
@@ -75,6 +80,38 @@ def test_two_kernels_and_one_product_in_place_touch_activations_in_each_directio
     assert sum(x_at in touched for touched in launched) == (method == "vblora")
     assert sum(dy_at in touched for touched in launched) == (1 if method == "vblora" else 2)
     assert set().union(*launched) <= {x_at, dy_at, dx_at}
+
+
+def test_layers_that_read_one_x_read_it_once_in_each_direction():
+    bank, readers = a_bank(), Readers()
+    layers = [layer("vblora", "triton", bias=True, bank=bank) for _ in range(3)]
+    leaf, dy = torch.randn(M, K, device=DEVICE, requires_grad=True), torch.randn(M, N, device=DEVICE)
+    launched: list[tuple[str, set[int]]] = []
+
+    def look(kernel, grid, arguments):
+        memory = [t.untyped_storage() for t in arguments.values() if isinstance(t, torch.Tensor)]
+        large = {storage.data_ptr() for storage in memory if storage.nbytes() in (4 * M * K, 4 * M * N)}
+        launched.append((kernel.fn.__name__, large))
+
+    def step(x):
+        with shared_inputs(readers):
+            return [own(x) for own in layers]
+
+    with intercepted(look):
+        step(leaf * 1)
+        launched.clear()
+        x = leaf * 1
+        ys, forward = touching(lambda: step(x), (M, K), (M, N))
+        in_forward = [(name, large) for name, large in launched if large]
+        launched.clear()
+        grads, backward = touching(lambda: torch.autograd.grad(ys, [x], [dy] * 3), (M, K), (M, N))
+    # Beside the products with each base, which add to what a kernel wrote, nothing touches one but these kernels.
+    assert forward == backward == ["aten::addmm_"] * 3
+    x_at, dx_at, dy_at = (t.untyped_storage().data_ptr() for t in (x, grads[0], dy))
+    ys_at = [y.untyped_storage().data_ptr() for y in ys]
+    assert in_forward == [("_shrink_fwd_kernel", {x_at}), *(("_expand_fwd_kernel", {y_at}) for y_at in ys_at)]
+    in_backward = [(name, large) for name, large in launched if large]
+    assert in_backward == [("_expand_bwd_kernel", {dy_at})] * 3 + [("_shrink_bwd_kernel", {x_at, dx_at})]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU runs")

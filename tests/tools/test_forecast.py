@@ -137,7 +137,7 @@ def test_a_loop_without_a_declaration_stops_with_its_kernel_file_line_and_text(t
 def test_a_small_case_is_forecast_end_to_end_and_no_kernel_is_below_its_floor(tmp_path):
     path = tmp_path / "forecast.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    options = ["--method", "vblora", "--tokens", "512", "--linears", "q", "--json", str(path)]
+    options = ["--method", "vblora", "--tokens", "512", "--linears", "o", "--json", str(path)]
     command = [sys.executable, "-m", "tools.forecast", *options]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -18,9 +18,13 @@ from bench.floors import H200, base_time
 from tools.forecast import predict
 from tools.forecast.launches import HOT, collect
 from tools.forecast.source import UndeclaredError
+from vblora_triton.kernels.tuning import FEW_ROWS
 
-# The linears of one block of Llama-2-7B: (in, out), and how many there are of each.
-LINEARS = {name: (SHAPES[f"llama2_7b_{name}"], count) for name, count in (("q", 4), ("gate", 2), ("down", 1))}
+# The linears of one block of Llama-2-7B, by what reads one x: (in, out) of each, and how many there are.
+LINEARS = {
+    name: (SHAPES[f"llama2_7b_{shape}"], count)
+    for name, shape, count in (("q, k, v", "q", 3), ("o", "q", 1), ("gate, up", "gate", 2), ("down", "down", 1))
+}
 # Out of L2, bytes per second: the low end of what is likely.
 L2 = 5.5e12
 # Method, rank and tokens of the blocks that are forecast where the options name none.
@@ -35,13 +39,16 @@ def forecast(
     known: dict[str, dict[str, Any]] = {}
     for name in linears:
         (K, N), count = LINEARS[name]
-        for side, calls in collect(method, K, N, M, r=r, h=h, p=p).items():
+        # What VB-LoRA computes as one node is one unit, whose launches are all in it.
+        together = count if method == "vblora" and p == 0 and M > FEW_ROWS else 1
+        for side, calls in collect(method, K, N, M, r=r, h=h, p=p, together=together).items():
             for call in calls:
                 # Two launches may be the same, as those of k and v.
                 key = repr((call.compiled.kernel, call.grid, sorted(call.activations), call.arguments))
                 if key not in known:
                     known[key] = predict.predict(call, rates)
-                row = {"method": method, "r": r, "tokens": M, "linear": name, "count": count, "side": side} | known[key]
+                row = {"method": method, "r": r, "tokens": M, "linear": name, "count": count // together, "side": side}
+                row |= known[key]
                 rows.append(row)
                 print(_line(row), flush=True)
     return rows
@@ -90,7 +97,7 @@ def blocks(rows: list[dict[str, Any]], rates: predict.Rates) -> list[dict[str, A
 
 
 _HEAD = (
-    f"{'method':7} {'tokens':>6} {'linear':6} {'side':8} {'kernel':24} {'grid':>10} {'regs':>4} {'shared':>7} "
+    f"{'method':7} {'tokens':>6} {'linear':8} {'side':8} {'kernel':24} {'grid':>10} {'regs':>4} {'shared':>7} "
     f"{'instr/warp':>10} {'µs':>7} {'floor':>7}  binds"
 )
 
@@ -99,7 +106,7 @@ def _line(row: dict[str, Any]) -> str:
     grid = "x".join(map(str, row["grid"]))
     spilled = f"; {row['spills']} bytes spilled" if row["spills"] else ""
     return (
-        f"{row['method']:7} {row['tokens']:6} {row['linear']:6} {row['side']:8} {row['kernel'].strip('_'):24} "
+        f"{row['method']:7} {row['tokens']:6} {row['linear']:8} {row['side']:8} {row['kernel'].strip('_'):24} "
         f"{grid:>10} {row['registers']:4} {row['shared']:7} {row['instructions']:10} {row['us']:7.1f} "
         f"{row['floor']:7.1f}  {row['binds']}{spilled}"
     )
