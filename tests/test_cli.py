@@ -2,14 +2,17 @@
 
 import json
 import os
+import pickle
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, T5Config
 
 from tests.finetune.case import ADAPTER, TINY, everything_in, finetune, save_model, save_texts
@@ -65,6 +68,37 @@ def bad_cases():
         ),
         "rate-with-vblora": (["--lambda-lr", "1"], r"--lambda-lr is an option of VeRA, but .* give --method vera"),
         "key": (["--projection-prng-key", "-1"], r"argument --projection-prng-key: '-1' is not a whole number from 0"),
+        "rank-beyond-memory": (
+            ["--r", str(10**9)],
+            r"the adapter's [\d,]{15,} \(--r 1000000000, .* has [\d,]{10,} bytes of",
+        ),
+        "bank-beyond-memory": (
+            ["--num-vectors", str(10**15)],
+            r"the adapter's [\d,]{18,} .* bytes of memory; make them",
+        ),
+        "layers-broken": (["--model", "no-heads"], r"--model no-heads cannot be loaded: "),
+        "size-broken": (["--model", "no-size"], r"--model no-size cannot be loaded: "),
+        "config-no-json": (["--model", "no-json"], r"--model no-json cannot be loaded: "),
+        "config-a-list": (["--model", "listed"], r"--model listed cannot be loaded: "),
+        "pickle-broken": (["--model", "pickled"], r"--model pickled cannot be loaded: "),
+        "pickle-of-another-thing": (["--model", "unpickled"], r"--model unpickled cannot be loaded: "),
+        "tensors-broken": (["--model", "cut"], r"--model cut cannot be loaded: "),
+        "tokenizer-broken": (["--model", "dumb"], r"--model dumb has no usable tokenizer: "),
+        "json-lines": (["--data", "bad.jsonl"], r"--data bad\.jsonl, line 2: no JSON"),
+        "chat-without-template": (["--data", "chat.jsonl"], r"tokenizer of .* has no chat template.*give `prompt`"),
+        "eval-data-missing": (["--eval-data", "nowhere.txt"], r"--eval-data nowhere\.txt does not exist; give"),
+        "eval-data-short": (["--eval-data", "empty.jsonl"], r"--eval-data empty\.jsonl is empty"),
+        "nothing-to-resume": (["--resume"], r"--resume: there is no checkpoint in new/out/checkpoints; leave it out"),
+        "reporter": (["--report-to", "nobody"], r"--report-to nobody is not known or not installed"),
+        "options-missing": (["--config", "nowhere.yaml"], r"--config nowhere\.yaml cannot be read: FileNotFoundError"),
+        "options-broken": (["--config", "broken.yaml"], r"--config broken\.yaml cannot be read: "),
+        "options-no-mapping": (["--config", "short.txt"], r"--config short\.txt holds no mapping of options"),
+        "options-nested": (["--config", "nested.json"], r"--config nested\.json: 'lr' is \{'a': 1\}; give a value"),
+        "options-unknown": (["--config", "unknown.json"], r"unrecognized arguments: --rank=4"),
+        "options-out-of-range": (
+            ["--config", "range.json"],
+            r"argument --steps: '0' is not a whole number of at least 1",
+        ),
         "unknown-option": (["--rank", "4"], r"unrecognized arguments: --rank 4"),
     }
 
@@ -87,7 +121,45 @@ def bad_input(tmp_path_factory, model_dir):
     (folder / "quantised" / "config.json").write_text(json.dumps(config))
     T5Config(vocab_size=257, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2).save_pretrained(folder / "t5")
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder / "t5")
+    # They come before those that the test gives, and are read all the same.
+    contents = {
+        "bad.jsonl": '{"text": "a"}\n{"text": ',
+        "chat.jsonl": '{"messages": [{"role": "assistant", "content": "Hi"}]}\n',
+        "empty.jsonl": "\n",
+        "broken.yaml": "a: [b",
+        "nested.json": '{"lr": {"a": 1}}',
+        "unknown.json": '{"rank": 4}',
+        "range.json": '{"steps": 0}',
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    broken_models(folder, model_dir)
     return folder
+
+
+def broken_models(folder, model_dir):
+    """Write models with files that are broken, each in a way of its own."""
+    config = json.loads((model_dir / "config.json").read_text())
+    configs = {
+        "no-heads": json.dumps(config | {"num_attention_heads": 0}),
+        "no-size": json.dumps(config | {"hidden_size": "large"}),
+        "no-json": "{",
+        "listed": "[]",
+    }
+    for name, content in configs.items():
+        shutil.copytree(model_dir, folder / name)
+        (folder / name / "config.json").write_text(content)
+    weights = {
+        "pickled": ("pytorch_model.bin", b"\x80\x04."),
+        "unpickled": ("pytorch_model.bin", pickle.dumps({"a": print})),
+        "cut": ("model.safetensors", (model_dir / "model.safetensors").read_bytes()[:1000]),
+        "dumb": ("tokenizer.json", b"{}"),
+    }
+    for name, (file, content) in weights.items():
+        shutil.copytree(model_dir, folder / name)
+        if file.endswith(".bin"):
+            (folder / name / "model.safetensors").unlink()
+        (folder / name / file).write_bytes(content)
 
 
 def shell(*arguments, cwd, **settings):
@@ -147,10 +219,26 @@ def test_failure_while_writing_leaves_the_earlier_results_as_they_were(tmp_path,
     assert everything_in(tmp_path) == before
 
 
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_options_may_stand_in_a_file_and_the_command_lines_win(suffix, tmp_path, monkeypatch):
+    values = {"output": "out", "steps": 7, "lr": 1e-3, "batch-size": 3, "target_modules": ["q_proj", "v_proj"]}
+    values |= {"resume": True, "data": "one.txt", "seed": None}
+    text = json.dumps(values) if suffix == "json" else yaml.safe_dump(values)
+    (tmp_path / f"options.{suffix}").write_text(text)
+    seen = []
+    monkeypatch.setattr("vblora_triton.finetune.finetune", seen.append)
+    assert finetune("--steps", "9", f"--config={tmp_path}/options.{suffix}") == 0
+    (options,) = seen
+    assert (options.output, options.steps, options.lr, options.batch_size) == ("out", 9, 1e-3, 3)
+    assert (options.target_modules, options.data, options.resume) == (("q_proj", "v_proj"), ("one.txt",), True)
+    assert options.seed == 0
+
+
 def test_help_names_every_option(tmp_path):
     done = shell("finetune", "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     adapter = ["method", "r", "num-vectors", "vector-length", "topk", "projection-prng-key", "target-modules"]
     training = ["steps", "batch-size", "seq-len", "lr", "vector-bank-lr", "logits-lr", "lambda-lr", "seed"]
-    for option in ["model", "data", "output", *adapter, *training, "backend", "dtype"]:
+    running = ["eval-data", "config", "checkpoint-every", "resume", "report-to"]
+    for option in ["model", "data", "output", *adapter, *training, *running, "backend", "dtype"]:
         assert re.search(rf"^  --{option} ", done.stdout, re.MULTILINE), option

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from vblora_triton.commands.parsing import add_command, rate, whole_number
@@ -30,8 +31,11 @@ examples:
   vblora-triton finetune --output build/demo
   vblora-triton finetune --data notes.txt --steps 500 --output notes
   vblora-triton finetune --model ./my-llama --data train.txt --target-modules q_proj v_proj --output out
+  vblora-triton finetune --model ./my-chat --data chats.jsonl --checkpoint-every 100 --output out
+  torchrun --nproc-per-node 4 -m vblora_triton finetune --model ./my-llama --data train.txt --output out
 
-The exit code is 0 when the results are written, 2 when something asked for cannot be done (nothing is written)."""
+The exit code is 0 when the results are written, 2 when something asked for cannot be done (nothing is written but
+checkpoints), 130 after Ctrl-C or SIGTERM."""
 
 
 def _targets(values: list[str]) -> str | tuple[str, ...]:
@@ -53,12 +57,23 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "nargs": "+",
             "default": [],
             "metavar": "FILE",
-            "help": "UTF-8 text files (default: Python source)",
+            "help": "UTF-8 text files; or, by the suffix .jsonl, a JSON object a line with `text`, `messages` (chat), "
+            "or `prompt` and `completion`, of which only the answers are learned (default: Python source)",
+        },
+        "--eval-data": {
+            "nargs": "+",
+            "default": [],
+            "metavar": "FILE",
+            "help": "such files to measure the loss on (default: the end of --data, which is held out)",
         },
         "--output": {
             "required": True,
             "metavar": "DIR",
             "help": "folder for the results; made if need be, and only earlier results in it are replaced",
+        },
+        "--config": {
+            "metavar": "FILE",
+            "help": "options in a file, YAML or .json, such as `steps: 500`; those of the command line win",
         },
     },
     "the adapter": {
@@ -97,6 +112,18 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "type": rate,
             "metavar": "LR",
             "help": "one learning rate for all parts of the adapter, where theirs is not given",
+        },
+        "--checkpoint-every": {
+            "type": whole_number(1),
+            "metavar": "N",
+            "help": "keep a checkpoint of every N steps, in DIR/checkpoints until the run ends well (default: none)",
+        },
+        "--resume": {"action": "store_true", "help": "go on from the newest checkpoint of such a run in DIR"},
+        "--report-to": {
+            "nargs": "+",
+            "default": [],
+            "metavar": "NAME",
+            "help": "what Trainer reports the losses to, such as tensorboard (in DIR/runs), wandb or mlflow",
         },
     },
     "the machine": {
@@ -157,17 +184,30 @@ def add_to(commands: Any) -> None:
 
 def run(options: dict[str, Any]) -> int:
     """Fine-tune; see `vblora_triton.finetune.finetune`."""
+    # The parser has read it.
+    options.pop("config")
     options["target_modules"] = _targets(options["target_modules"])
-    options["data"] = tuple(options["data"])
+    for name in ("data", "eval_data", "report_to"):
+        options[name] = tuple(options[name])
     # Not at the top: --help and a mistyped option need not wait for transformers.
-    from vblora_triton.finetune import Options, finetune
+    from vblora_triton.finetune import InputError, Options, finetune
+    from vblora_triton.finetune.checkpoints import newest
     from vblora_triton.finetune.output import stamp
+    from vblora_triton.finetune.processes import is_main, terminated_like_interrupted
 
     before = stamp(options["output"])
     try:
-        finetune(Options(**options))
+        with terminated_like_interrupted():
+            finetune(Options(**options))
+    except InputError:
+        if is_main():
+            raise
+        return 2
     except KeyboardInterrupt:
         written = "nothing was written" if stamp(options["output"]) == before else "all results had been written"
-        print(f"vblora-triton finetune: interrupted; {written}", file=sys.stderr)
+        checkpoint = newest(Path(options["output"]).expanduser())
+        kept = f"; {checkpoint} is kept, and --resume goes on from it" if checkpoint else ""
+        if is_main():
+            print(f"vblora-triton finetune: interrupted; {written}{kept}", file=sys.stderr)
         return 130
     return 0

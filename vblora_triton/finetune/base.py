@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,13 +42,14 @@ class Base:
     """A base model that has not been loaded yet.
 
     title: names it for the reader.    source: directory or hub id; None for the embedded one, which is trained first.
-    encode: texts -> token ids (n,) int64.
+    encode: texts -> token ids (n,) int64.    tokenizer: the one that is saved beside it.
     """
 
     title: str
     config: Any
     encode: Callable[[Sequence[str]], Tensor]
     source: str | None
+    tokenizer: Any
 
 
 @contextmanager
@@ -75,18 +77,33 @@ def quiet() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line; of a long one the beginning, which names what is wrong, and the end."""
     message = " ".join(str(error).split()) or type(error).__name__
+    # Alone, such a message says nothing: "'hidden_size'".
+    message = message if " " in message else f"{type(error).__name__} {message}"
     return message if len(message) <= 500 else f"{message[:250]} ... {message[-200:]}"
 
 
+_BAD_INPUT = (ValueError, TypeError, OSError, ImportError, KeyError, SafetensorError)
+
+
 @contextmanager
-def as_input_error(what: str, advice: str = "") -> Iterator[None]:
+def as_input_error(what: str, advice: str = "", errors: tuple[type[Exception], ...] = _BAD_INPUT) -> Iterator[None]:
     """Turn what a library says about bad input into an InputError on one line."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # The error says it.
+            warnings.simplefilter("ignore")
+            yield
     except InputError:
         raise
-    except (ValueError, TypeError, OSError, ImportError, KeyError, SafetensorError) as error:
+    except errors as error:
         raise InputError(f"{what}{one_line(error)}{advice}") from error
+
+
+@contextmanager
+def as_broken_model(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a library raises over a model's files into an InputError: any error may come of broken ones."""
+    with as_input_error(what, advice, (Exception,)):
+        yield
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -119,7 +136,7 @@ def embedded_base() -> Base:
         eos_token_id=None,
         tie_word_embeddings=False,
     )
-    return Base("an embedded byte-level Llama", config, encode_bytes, source=None)
+    return Base("an embedded byte-level Llama", config, encode_bytes, source=None, tokenizer=byte_tokenizer())
 
 
 def train_embedded(config: Any, folder: str, *, dtype: torch.dtype, steps: int, seed: int, use_cpu: bool) -> None:
@@ -153,13 +170,13 @@ def named_base(name: str) -> Base:
     if not os.path.isdir(source) and (looks_local or os.path.exists(source)):
         raise InputError(f"--model {name} is not a directory; give one written by save_pretrained, or a hub id.")
     advice = "Give a causal language model: a directory written by save_pretrained, or the id of one on the hub."
-    with as_input_error(f"--model {name} cannot be loaded: ", f" {advice}"):
+    with as_broken_model(f"--model {name} cannot be loaded: ", f" {advice}"):
         config = AutoConfig.from_pretrained(source)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"--model {name} is no causal language model, but a {config.model_type}. {advice}")
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"--model {name} is quantised, which is not supported yet; give the unquantised model.")
-    with as_input_error(f"--model {name} has no usable tokenizer: ", " Save its tokenizer beside it."):
+    with as_broken_model(f"--model {name} has no usable tokenizer: ", " Save its tokenizer beside it."):
         tokenizer = AutoTokenizer.from_pretrained(source)
 
     def encode(texts: Sequence[str]) -> Tensor:
@@ -170,7 +187,7 @@ def named_base(name: str) -> Base:
             tokens += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return torch.tensor(tokens, dtype=torch.int64)
 
-    return Base(name, config, encode, source)
+    return Base(name, config, encode, source, tokenizer)
 
 
 def check_fits(base: Base, tokens: Tensor, seq_len: int) -> None:
@@ -196,7 +213,7 @@ def load(source: str, dtype: torch.dtype) -> nn.Module:
     Raises:
         InputError: the weights are missing, unreadable, or not all there.
     """
-    with as_input_error(f"--model {source} cannot be loaded: "):
+    with as_broken_model(f"--model {source} cannot be loaded: "):
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

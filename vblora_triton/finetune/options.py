@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations import get_available_reporting_integrations
 
 from vblora_triton.errors import InputError
-from vblora_triton.finetune.base import PRETRAINING_STEPS, Base, as_input_error, check_fits, embedded_base, named_base
-from vblora_triton.finetune.data import Sequences, python_source, read_texts, split
+from vblora_triton.finetune.base import (
+    PRETRAINING_STEPS,
+    Base,
+    as_broken_model,
+    as_input_error,
+    check_fits,
+    embedded_base,
+    named_base,
+)
+from vblora_triton.finetune.checkpoints import check_checkpoints
+from vblora_triton.finetune.data import Sequences, python_source
+from vblora_triton.finetune.examples import make_sequences, read_data
 from vblora_triton.finetune.output import check_output
-from vblora_triton.methods import methods
+from vblora_triton.finetune.processes import check_processes, is_main, own_device
+from vblora_triton.methods import methods, tuner_class
 from vblora_triton.ops import backends_that_run, use_backend
 from vblora_triton.peft_model import get_peft_model
 from vblora_triton.tuner.config import PeftConfig
@@ -25,6 +39,7 @@ from vblora_triton.tuner.method import Method
 _COMMON: dict[str, Any] = {
     "model": None,
     "data": (),
+    "eval_data": (),
     "method": "vblora",
     "target_modules": "all-linear",
     "steps": 250,
@@ -35,6 +50,9 @@ _COMMON: dict[str, Any] = {
     "seed": 0,
     "backend": "auto",
     "dtype": None,
+    "resume": False,
+    "checkpoint_every": None,
+    "report_to": (),
 }
 
 
@@ -63,6 +81,7 @@ class Plan:
 
     rates: of the adapter's parts, by the names that `parameter_groups` has.
     layers: name -> (in_features, out_features) of the layers to adapt.
+    left_out: how many examples have no part of an answer among their first tokens.
     """
 
     options: Options
@@ -76,6 +95,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     backend: str
+    left_out: int
 
 
 def check(options: Options) -> Plan:
@@ -93,20 +113,33 @@ def check(options: Options) -> Plan:
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )
-    texts = read_texts(options.data) if options.data else python_source()
+    data = read_data(options.data) if options.data else (python_source(), [])
+    held_out = read_data(options.eval_data, "--eval-data") if options.eval_data else None
+    check_processes(options.batch_size)
     output = Path(options.output).expanduser()
-    check_output(output)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_checkpoints(output, options)
+    _check_reports(options.report_to)
+    if is_main():
+        check_output(output)
+    device = own_device()
     dtype = _check_dtype(options, device)
     backend = _check_backend(options.backend, method, config, device, dtype)
     base = embedded_base() if options.model is None else named_base(options.model)
-    tokens = base.encode(texts)
-    sequences = split(tokens, options.seq_len, "--data" if options.data else "The default text")
-    check_fits(base, tokens, options.seq_len)
+    with as_broken_model(f"The data cannot be laid out for {base.title}: "):
+        sequences, left_out = make_sequences(
+            data, held_out, base.encode, base.tokenizer, base.title, options.seq_len,
+            "--data" if options.data else "The default text",
+        )  # fmt: skip
+    for tokens in (sequences.train, sequences.held_out):
+        check_fits(base, tokens.flatten(), options.seq_len)
+    # Without values, which checks that there can be such a model.
+    with as_broken_model(f"--model {base.title} cannot be loaded: "), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(base.config)
     with as_input_error(""):
-        layers = _layers_to_adapt(base, config)
+        layers = _layers_to_adapt(model, config)
         given = [name for name in method.options if getattr(options, name) is not None]
         config = replace(config, **_fitted(method, layers, given))
+        _check_memory(model, config, dtype, device)
     return Plan(
         options,
         method,
@@ -119,6 +152,7 @@ def check(options: Options) -> Plan:
         device=device,
         dtype=dtype,
         backend=backend,
+        left_out=left_out,
     )
 
 
@@ -148,11 +182,39 @@ def _chosen(options: Options) -> dict[str, Any]:
     return chosen
 
 
-def _layers_to_adapt(base: Base, config: Any) -> dict[str, tuple[int, int]]:
-    """Adapt the model without its weights, which checks targets and sizes, and return the layers' sizes."""
-    with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(base.config), config)
-    return {name: (layer.in_features, layer.out_features) for name, layer in model.base_model.adapted_layers()}
+def _layers_to_adapt(model: nn.Module, config: Any) -> dict[str, tuple[int, int]]:
+    """Return the sizes of the layers to adapt in a model, which checks targets and sizes."""
+    return tuner_class(config).plan(config, model).features()
+
+
+def _check_memory(model: nn.Module, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Check that the weights of base model and adapter are no larger than all the memory that there is.
+
+    Raises:
+        InputError: they are; it says how many bytes are wanted, and how many there are.
+    """
+    tuner = tuner_class(config)
+    base = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    adapter = 4 * sum(math.prod(shape) for shape in tuner.file_shapes(tuner.plan(config, model)).values())
+    there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+    if base + adapter > there:
+        where = "this machine" if device.type == "cpu" else "the GPU"
+        sizes = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in config.method.options)
+        raise InputError(
+            f"The base model's weights take {base:,} bytes and the adapter's {adapter:,} ({sizes}), but {where} has "
+            f"{there:,} bytes of memory; make them smaller."
+        )
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """Check that what the losses are to be reported to is known to Trainer and installed."""
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in there:
+            raise InputError(
+                f"--report-to {name} is not known or not installed; there are {', '.join(there) or 'none'} here, and "
+                f"`pip install {name}` may bring it."
+            )
 
 
 def _fitted(method: Method, layers: dict[str, tuple[int, int]], given: Sequence[str] = ()) -> dict[str, int]:
@@ -164,7 +226,9 @@ def _check_backend(backend: str, method: Method, config: Any, device: torch.devi
     """Return the backend that will run, having made it run on a layer of 16 x 16."""
     layers = {"0": (16, 16)}
     model = nn.Sequential(nn.Linear(16, 16, device=device, dtype=dtype))
-    config = replace(config, target_modules=list(layers), task_type=None, **_fitted(method, layers))
+    # No larger than any machine holds: whether this one holds what is asked for is looked at with the model.
+    sizes = {name: min(getattr(config, name), 1024) for name in method.options} | _fitted(method, layers)
+    config = replace(config, target_modules=list(layers), task_type=None, **sizes)
     adapted = get_peft_model(model, config)
     with as_input_error("--"), torch.no_grad(), use_backend(backend), backends_that_run() as ran:
         adapted(torch.ones(1, 16, device=device, dtype=dtype))

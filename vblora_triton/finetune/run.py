@@ -15,11 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from vblora_triton.errors import InputError
+from vblora_triton.finetune import advice, checkpoints
 from vblora_triton.finetune import base as bases
 from vblora_triton.finetune import output as outputs
 from vblora_triton.finetune import report as reports
 from vblora_triton.finetune.options import Options, Plan, check
-from vblora_triton.finetune.training import held_out_loss, logits, step_milliseconds, train
+from vblora_triton.finetune.processes import from_main, is_main, leave
+from vblora_triton.finetune.training import (
+    Checkpoints,
+    held_out_loss,
+    learned_tokens,
+    logits,
+    step_milliseconds,
+    train,
+)
 from vblora_triton.ops import backends_that_run, use_backend
 from vblora_triton.optim import parameter_groups
 from vblora_triton.peft_model import PeftModel, get_peft_model
@@ -50,48 +59,97 @@ class Adapted:
 def finetune(options: Options) -> None:
     """Fine-tune, write the results to `options.output`, and print what was measured.
 
+    Of several processes the first one prints and writes, and all train.
+
     Raises:
-        InputError: something asked for cannot be done. Nothing has been written.
+        InputError: something asked for cannot be done. Nothing has been written but checkpoints that were asked for.
     """
     with bases.quiet():
         plan = check(options)
-    print(
+    try:
+        with use_backend(options.backend):
+            report, source = _run(plan)
+    finally:
+        leave()
+    if report is not None:
+        _tell(plan, *report, source)
+
+
+def _say(*lines: str) -> None:
+    if is_main():
+        print(*lines, sep="\n", flush=True)
+
+
+def _run(plan: Plan) -> tuple[tuple[reports.Report, Adapted] | None, str]:
+    """Do all the work, and return what was measured, in the first process; and where the base model is."""
+    options = plan.options
+    _say(
         f"{plan.method.title} on {plan.base.title}: {len(plan.layers)} layers, backend {plan.backend} on {plan.device}."
     )
-    with tempfile.TemporaryDirectory() as scratch, use_backend(options.backend):
-        source = plan.base.source or str(Path(scratch) / outputs.BASE)
-        if plan.base.source is None:
-            print("First the base model itself, from scratch, on English text (pydoc's help topics):", flush=True)
-            with bases.quiet():
-                bases.train_embedded(
-                    plan.base.config,
-                    source,
-                    dtype=plan.dtype,
-                    steps=options.pretraining_steps,
-                    seed=options.seed,
-                    use_cpu=plan.device.type == "cpu",
-                )
-            text = "the given text" if options.data else "Python source code (the standard library)"
-            print(f"Now it is frozen and adapted to {text}:", flush=True)
+    if plan.left_out:
+        _say(
+            f"{plan.left_out:,} examples are left out: their answers begin beyond --seq-len {options.seq_len}.",
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        source = plan.base.source or _embedded(plan, Path(scratch))
         # Not for a model from the hub, whose download shows its progress.
         with bases.quiet() if os.path.isdir(source) else nullcontext():
             model = bases.load(source, plan.dtype)
         with bases.quiet():
             try:
                 adapted = _adapt(plan, model)
+                if not is_main():
+                    return None, source
                 report = _write(plan, adapted, source)
             except torch.OutOfMemoryError as error:
                 raise InputError(
                     f"The GPU's memory does not hold it ({bases.one_line(error)}); lower --batch-size or --seq-len, or "
                     "give a narrower --dtype."
                 ) from None
-    tokens = plan.sequences.held_out[:, 1:].numel()
-    print()
-    print(
-        reports.table(report, plan.base.title, held_out_tokens=tokens, lora_r=_lora_rank(plan), step_ms=adapted.step_ms)
-    )
+    return (report, adapted), source
+
+
+def _embedded(plan: Plan, scratch: Path) -> str:
+    """Return the folder of the default base model, which is trained now unless the run that is resumed did."""
+    options = plan.options
+    kept = checkpoints.folder_of(plan.output) / outputs.BASE
+    if options.resume and kept.is_dir():
+        return str(kept)
+    _say("First the base model itself, from scratch, on English text (pydoc's help topics):")
+    folder = scratch / outputs.BASE
+    with bases.quiet():
+        bases.train_embedded(
+            plan.base.config,
+            str(folder),
+            dtype=plan.dtype,
+            steps=options.pretraining_steps,
+            seed=options.seed,
+            use_cpu=plan.device.type == "cpu",
+        )
+    if options.checkpoint_every is not None and is_main():
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+    text = "the given text" if options.data else "Python source code (the standard library)"
+    _say(f"Now it is frozen and adapted to {text}:")
+    # transformers writes in the first process alone.
+    return from_main(str(folder))
+
+
+def _tell(plan: Plan, report: reports.Report, adapted: Adapted, source: str) -> None:
+    """Print what was measured, what was written, and what to do with it."""
+    sequences, lora_r = plan.sequences, _lora_rank(plan)
+    labels = sequences.held_out if sequences.held_out_labels is None else sequences.held_out_labels
+    tokens = learned_tokens(labels)
+    _say("", reports.table(report, plan.base.title, held_out_tokens=tokens, lora_r=lora_r, step_ms=adapted.step_ms))
+    if warning := advice.size_warning(report, lora_r):
+        _say("", warning)
     written = ", ".join(name for name in outputs.results() if (plan.output / name).exists())
-    print(f"\nWritten to {plan.output}: {written}")
+    _say("", f"Written to {plan.output}: {written}")
+    if not (plan.output / outputs.PLOT).exists():
+        _say(advice.no_picture())
+    tokenizer = str(plan.output / outputs.BASE) if plan.base.source is None else source
+    adapter, merged = plan.output / plan.method.forms[0].folder, plan.output / "merged"
+    _say("", "To load it, generate and merge, in Python:", "")
+    _say(advice.next_steps(adapter, tokenizer, merged, "def " if not plan.options.data else "Once"))
 
 
 def _adapt(plan: Plan, model: nn.Module) -> Adapted:
@@ -99,7 +157,8 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
     options, held_out = plan.options, plan.sequences.held_out
     model.to(plan.device)
     base_bytes = reports.model_bytes(model)
-    before = held_out_loss(model, held_out, options.batch_size)
+    scored = (held_out, options.batch_size, plan.sequences.held_out_labels)
+    before = held_out_loss(model, *scored)
     if not math.isfinite(before):
         raise InputError(
             f"The loss of {plan.base.title} is {before} before any training; its weights are broken, or --dtype is too "
@@ -107,6 +166,18 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
         )
     torch.manual_seed(options.seed)
     adapted = get_peft_model(model, plan.config)
+    kept = None
+    if options.checkpoint_every is not None or options.resume:
+        kept = Checkpoints(
+            checkpoints.folder_of(plan.output),
+            options.checkpoint_every,
+            checkpoints.newest(plan.output) if options.resume else None,
+        )
+        if is_main():
+            checkpoints.begin(plan.output, options)
+    if "tensorboard" in options.report_to:
+        # Its writer is told in no other way.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(plan.output / "runs"))
     start = time.perf_counter()
     with backends_that_run() as ran:
         losses = train(
@@ -119,9 +190,12 @@ def _adapt(plan: Plan, model: nn.Module) -> Adapted:
             what="adapter",
             use_cpu=plan.device.type == "cpu",
             scale_loss=plan.device.type == "cuda" and plan.dtype == torch.float16,
+            labels=plan.sequences.train_labels,
+            checkpoints=kept,
+            report_to=options.report_to,
         )
     seconds = time.perf_counter() - start
-    after = held_out_loss(adapted, held_out, options.batch_size)
+    after = held_out_loss(adapted, *scored)
     if not math.isfinite(after):
         rates = " and ".join(f"--{name.replace('_', '-')} ({rate:g})" for name, rate in plan.rates.items())
         raise InputError(
@@ -163,6 +237,7 @@ def _write(plan: Plan, adapted: Adapted, source: str) -> reports.Report:
         )
         report.write(folder / outputs.REPORT)
         reports.plot(folder / outputs.PLOT, adapted.losses, report)
+    checkpoints.finish(plan.output)
     return report
 
 

@@ -74,6 +74,7 @@ class Method:
     options: field of the configuration -> option.
     forms: how the command saves an adapter; the first one, "full", is how it is trained.
     lora_r: rank of the LoRA adapter whose size the command compares; None for the method's own.
+    smaller: what makes the full file smaller, as a sentence without its full stop.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     forms: tuple[FileForm, ...] = (FileForm(),)
     lora_r: int | None = None
+    smaller: str = ""
 
     @property
     def rates(self) -> dict[str, Part]:

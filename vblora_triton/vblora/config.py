@@ -101,6 +101,7 @@ class VBLoRAConfig(TargetedConfig):
                 "selected vectors and their weights alone, far smaller: to use and to merge",
             ),
         ),
+        smaller="a lower --num-vectors or a longer --vector-length would make it smaller",
     )
 
     def check(self) -> None:

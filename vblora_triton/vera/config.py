@@ -80,6 +80,7 @@ class VeraConfig(TargetedConfig):
         ),
         # VeRA's own rank would make it a far larger adapter.
         lora_r=4,
+        smaller="a lower --r would make it smaller",
     )
 
     def check(self) -> None:

@@ -1,0 +1,58 @@
+"""Several processes, as torchrun starts them: together they do what one does, and the first one speaks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.finetune.case import ADAPTER, RATES, TINY, B, H, K, R, comparable, finetune, save_model, save_texts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    return ["--model", save_model(folder / "model"), "--data", *save_texts(folder), *TINY, *RATES]
+
+
+def test_two_processes_share_a_step_and_give_one_processs_adapter(given, tmp_path):
+    assert finetune(*given, *ADAPTER, "--output", tmp_path / "one") == 0
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("TRITON_INTERPRET", None)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # In a file, because torchrun would take --r for one of its own.
+    options = {"r": R, "num-vectors": H, "vector-length": B, "topk": K, "output": str(tmp_path / "two")}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    command = [*launch, "-m", "vblora_triton", "finetune", *map(str, given), "--config", str(tmp_path / "options.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (one, tensors), (two, others) = comparable(tmp_path / "one"), comparable(tmp_path / "two")
+    assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(others[name], tensor, rtol=0, atol=2e-3)
+    assert done.stdout.count("Written to") == done.stdout.count("VB-LoRA on") / 2 == 1
+    assert done.stderr.count(" 0/6 [") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "3"}, "--batch-size 4 cannot be shared by 3 processes; give a multiple"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP is set, but this command keeps the whole model"),
+    ],
+)
+def test_processes_that_cannot_work_together_are_refused_by_the_first_one(
+    environment, message, given, tmp_path, monkeypatch, capsys
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert finetune(*given, "--output", tmp_path) == 2
+    assert message in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert finetune(*given, "--output", tmp_path) == 2
+    assert capsys.readouterr() == ("", "")
