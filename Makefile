@@ -7,6 +7,10 @@ PY ?= $(VENV)/bin/python
 # Only .venv's own interpreter wants it made.
 INSTALLED := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 
+# Processes that share the tests, a file at a time: make test JOBS=8
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+
 # Where results of `make gpu` go.
 OUT ?= build/gpu
 ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_models.py tests/test_checkpoint.py \
@@ -41,10 +45,10 @@ demo: $(VENV)/.installed
 # The second run has peft, and everything; the first shows that nothing but the comparisons with peft needs it.
 # Benchmarks run once there, as tests; `pytest --benchmark-only tests/bench/test_benchmark.py` times them.
 test: test-without-peft
-	$(PY) -m pytest --benchmark-disable
+	$(PYTEST) --benchmark-disable
 
 test-without-peft: $(VENV)/.installed
-	$(PY) -m pytest -p tests.without_peft $(ADAPTER_TESTS)
+	$(PYTEST) -p tests.without_peft $(ADAPTER_TESTS)
 
 check: $(VENV)/.installed
 	$(PY) -m ruff check .
