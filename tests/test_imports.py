@@ -32,7 +32,7 @@ ORDER = [
     ["vblora_triton/errors", "vblora_triton/hub"],
     ["vblora_triton/tuner"],
     ["vblora_triton/vblora", "vblora_triton/vera"],
-    ["vblora_triton/methods"],
+    ["vblora_triton/methods", "vblora_triton/tuners"],
     [
         "vblora_triton/card",
         "vblora_triton/folder",
@@ -40,7 +40,9 @@ ORDER = [
         "vblora_triton/status",
         "vblora_triton/integrations/transformers",
     ],
-    ["vblora_triton/checkpoint"],
+    ["vblora_triton/injected", "vblora_triton/mapping"],
+    ["vblora_triton/checkpoint", "vblora_triton/preparation"],
+    ["vblora_triton/state_dicts"],
     ["vblora_triton/model"],
     ["vblora_triton/task_models"],
     ["vblora_triton/peft_model"],
@@ -63,7 +65,7 @@ ONLY = [
     ("vblora_triton/ops/*.py", {"torch", "kernels/", "vblora_triton/ops/"}),
     (
         "vblora_triton/*/config.py",
-        {f"vblora_triton/{name}.py" for name in ("hub", "tuner/config", "tuner/method", "tuner/seen")},
+        {f"vblora_triton/{name}.py" for name in ("hub", "tuner/config", "tuner/fields", "tuner/method", "tuner/seen")},
     ),
     ("vblora_triton/tuner/method.py", set()),
     ("vblora_triton/tuner/seen.py", set()),

@@ -1,14 +1,16 @@
 """A pytest plugin: PEFT's own tests of VB-LoRA and VeRA, with PEFT's layers or with ours, one line of JSON for each.
 
-    pytest -p tools.peft_plugin --record FILE [--patched] [--no-hub] tests
+    pytest -p tools.peft_plugin --record FILE [--patched | --ours] [--no-hub] tests
 
 What FILE has the outcome of is not run again, and a test that ended its process counts as "stopped".
 """
 
 import functools
+import importlib
 import inspect
 import json
 import re
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,19 +31,60 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, required=True, help="the file of outcomes")
     parser.addoption("--no-hub", action="store_true", help="let every request to the Hub fail, at once")
     parser.addoption("--patched", action="store_true", help="run PEFT's layers with vblora_triton's ops")
+    parser.addoption("--ours", action="store_true", help="run vblora_triton's objects in the place of PEFT's")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     calls: Counter[str] = Counter()
     if config.getoption("--no-hub"):
         _refuse_requests()
-    if config.getoption("--patched"):
+    if config.getoption("--patched") or config.getoption("--ours"):
         from vblora_triton import ops, patch_peft
 
         for method, name in OPS.items():
             setattr(ops, name, _counting(getattr(ops, name), method, calls))
-        patch_peft(backend="reference")
+        if config.getoption("--patched"):
+            patch_peft(backend="reference")
+        else:
+            put_ours_in_place()
     config.pluginmanager.register(Recorder(config.getoption("--record"), calls))
+
+
+def put_ours_in_place() -> None:
+    """Put our classes and functions under PEFT's names, wherever PEFT itself has them, before a test imports them.
+
+    What makes a model stays PEFT's where the configuration is one of another method, which some tests compare with.
+    """
+    import peft
+
+    import vblora_triton
+
+    ours = {name: getattr(vblora_triton, name) for name in vblora_triton.__all__ if hasattr(peft, name)}
+    # Enums that know other methods too.
+    ours = {name: value for name, value in ours.items() if name not in ("PeftType", "TaskType")}
+    for name in [name for name in ours if name.startswith("PEFT_TYPE_TO_")]:
+        ours[name] = {**getattr(peft, name), **ours[name]}
+    for name, at in {"get_peft_model": 1, "inject_adapter_in_model": 0}.items():
+        ours[name] = _by_configuration(at, ours[name], getattr(peft, name))
+    for module in [module for name, module in sys.modules.items() if f"{name}.".startswith("peft.")]:
+        for name in ours.keys() & vars(module).keys():
+            setattr(module, name, ours[name])
+    for method, layer in {"vblora": "VBLoRALayer", "vera": "VeraLayer"}.items():
+        for package in (f"peft.tuners.{method}", f"peft.tuners.{method}.layer"):
+            home = importlib.import_module(f"vblora_triton.tuners.{method}.layer")
+            setattr(sys.modules[package], layer, getattr(home, layer))
+            sys.modules[package].Linear = home.Linear
+
+
+def _by_configuration(at: int, ours: Any, theirs: Any) -> Any:
+    from vblora_triton.tuner.config import PeftConfig
+
+    @functools.wraps(theirs)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("peft_config", args[at] if at < len(args) else None)
+        return (ours if issubclass(type(config), PeftConfig) else theirs)(*args, **kwargs)
+
+    return either
 
 
 def _refuse_requests() -> None:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import vblora_triton.methods  # noqa: F401 - registers them
 from vblora_triton.hub import AdapterFileError
-from vblora_triton.tuner.config import PeftConfig, PeftType, TaskType
+from vblora_triton.tuner import seen
+from vblora_triton.tuner.config import PeftConfig, PeftType, PeftWarning, TaskType
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vera.config import VeraConfig
 
@@ -20,16 +21,30 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from vblora_triton.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+    from vblora_triton.checkpoint import load_peft_weights
     from vblora_triton.exchange.convert import convert_to_lora
     from vblora_triton.exchange.difference import diff_adapters
     from vblora_triton.exchange.inspection import inspect_adapter
     from vblora_triton.exchange.merge import merge_to_folder
     from vblora_triton.exchange.pack import pack_adapter
+    from vblora_triton.injected import inject_adapter_in_model
     from vblora_triton.integrations.peft import is_patched, patch_peft, unpatch_peft
+    from vblora_triton.mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+        get_peft_config,
+    )
     from vblora_triton.ops.dispatch import use_backend
     from vblora_triton.optim import parameter_groups
     from vblora_triton.peft_model import PeftModel, get_peft_model
+    from vblora_triton.preparation import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from vblora_triton.state_dicts import (
+        get_base_model_state_dict,
+        get_peft_model_state_dict,
+        set_base_model_state_dict,
+        set_peft_model_state_dict,
+    )
     from vblora_triton.status import get_layer_status, get_model_status
     from vblora_triton.task_models import (
         PeftModelForCausalLM,
@@ -44,7 +59,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+seen.WHEN_ASKED.append("vblora_triton.integrations.in_peft:answer_in_peft")
+
 __all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdapterFileError",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -62,24 +82,32 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "TaskType",
     "VBLoRAConfig",
     "VBLoRAModel",
     "VeraConfig",
     "VeraModel",
+    "cast_mixed_precision_params",
     "convert_to_lora",
     "diff_adapters",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "inspect_adapter",
     "is_patched",
+    "load_peft_weights",
     "merge_to_folder",
     "ops",
     "pack_adapter",
     "parameter_groups",
     "patch_peft",
+    "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "unpatch_peft",
     "use_backend",
@@ -87,6 +115,16 @@ __all__ = [
 
 # Imported when first asked for: they need torch and transformers, which take seconds.
 _HOMES = {
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "mapping",
+    "PEFT_TYPE_TO_PREFIX_MAPPING": "mapping",
+    "PEFT_TYPE_TO_TUNER_MAPPING": "mapping",
+    "get_peft_config": "mapping",
+    "cast_mixed_precision_params": "preparation",
+    "get_base_model_state_dict": "state_dicts",
+    "prepare_model_for_kbit_training": "preparation",
+    "set_base_model_state_dict": "state_dicts",
+    "inject_adapter_in_model": "injected",
+    "load_peft_weights": "checkpoint",
     "use_backend": "ops.dispatch",
     "convert_to_lora": "exchange.convert",
     "diff_adapters": "exchange.difference",
@@ -97,11 +135,11 @@ _HOMES = {
     "get_layer_status": "status",
     "get_model_status": "status",
     "get_peft_model": "peft_model",
-    "get_peft_model_state_dict": "checkpoint",
+    "get_peft_model_state_dict": "state_dicts",
     "is_patched": "integrations.peft",
     "parameter_groups": "optim",
     "patch_peft": "integrations.peft",
-    "set_peft_model_state_dict": "checkpoint",
+    "set_peft_model_state_dict": "state_dicts",
     "unpatch_peft": "integrations.peft",
     "VBLoRAModel": "vblora.model",
     "VeraModel": "vera.model",

@@ -13,14 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vblora_triton.card import CARD_NAME, model_card
-from vblora_triton.folder import BIN_NAME, SAFETENSORS_NAME, apart, changing, read_tensors, read_whole
-from vblora_triton.hub import CONFIG_NAME, AdapterFileError
-from vblora_triton.integrations.transformers import ANSWERS, find_adapted
+from vblora_triton.folder import BIN_NAME, SAFETENSORS_NAME, WEIGHT_NAMES, apart, changing, read_tensors, read_whole
+from vblora_triton.hub import CONFIG_NAME, AdapterFileError, local_folder
 from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
-from vblora_triton.tuner.layer import BaseTunerLayer, as_names
+from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.tuner.undo import copy_all, undone_on_failure
+from vblora_triton.tuner.undo import copy_all
 
 # Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
 _WRAPPER_BIAS = re.compile(r"\.(original_module|modules_to_save)\..*bias$")
@@ -49,11 +48,11 @@ def adapter_state_dict(
     Raises:
         ValueError: the state dict lacks parameters of the adapter, or the adapter cannot be saved in this form.
     """
-    keys = adapter_keys(tuner, adapter_name)
+    keys = {_unsharded(key): _unsharded(live) for key, live in adapter_keys(tuner, adapter_name).items()}
     if state_dict is None:
         tensors = tuner.adapter_tensors(adapter_name)
     else:
-        state_dict = buffers_outside(tuner) | state_dict
+        state_dict = {_unsharded(key): tensor for key, tensor in buffers_outside(tuner).items()} | state_dict
         lacking = [live for live in keys.values() if live not in state_dict]
         if lacking:
             raise ValueError(
@@ -95,7 +94,7 @@ def save_adapters(
             "Save a merged model by its own save_pretrained()."
         )
     if Path(save_directory).is_file():
-        raise ValueError(f"`save_directory` is {str(save_directory)!r}, which is a file; give a folder.")
+        raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file: `save_directory`.")
     for name in adapter_names:
         # A field may have been set since, such as save_only_topk_weights.
         tuner.peft_config[name].check()
@@ -113,7 +112,11 @@ def save_adapters(
             # PEFT passes over what it does not know; whole names say the same to it.
             changed["target_modules"] = sorted(key for key, layer in tuner.adapted_layers() if name in layer.r)
         folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-        write_adapter(folder, tensors, config.to_json(**changed), model_card(config), safe)
+        # The card names a base model that can be had by its name.
+        told = copy.copy(config)
+        if not hasattr(tuner.model, "config"):
+            told.base_model_name_or_path = None
+        write_adapter(folder, tensors, config.to_json(**changed), model_card(told), safe)
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config_text: str, card: str, safe: bool = True) -> None:
@@ -158,12 +161,53 @@ def read_files(folder: Path, config: Any = None, missing: Any = None) -> tuple[A
     return read_whole(folder, read)
 
 
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: dict[str, str] | None = None,
+    subfolder: str | None = None,
+    **download: Any,
+) -> dict[str, Tensor]:
+    """Read what the file of a saved adapter holds, by key.
+
+    Args:
+        model_id: a folder with a saved adapter, or its id on the Hub.
+        device: where to put the tensors; the CPU by default.
+        key_mapping: see `rename_keys`.
+        subfolder, download: see `hub.local_folder`.
+    Raises:
+        AdapterFileError: there is no such file, or it cannot be read.
+    """
+    _, tensors = read_tensors(local_folder(model_id, WEIGHT_NAMES, subfolder, **download))
+    return {key: tensor.to(device or "cpu") for key, tensor in rename_keys(tensors, key_mapping).items()}
+
+
+def rename_keys(tensors: dict[str, Tensor], key_mapping: dict[str, str] | None) -> dict[str, Tensor]:
+    """Rename the modules that the keys of an adapter's file name, for a model that was laid out otherwise then.
+
+    Args:
+        key_mapping: expression -> replacement, as `_checkpoint_conversion_mapping` of a transformers model has them;
+            the first that is found in a key, "base_model.model." left out, counts.
+    """
+    renamed = {}
+    for key, tensor in tensors.items():
+        prefix = next((p for p in ("base_model.model.", "base_model.") if key.startswith(p)), "")
+        inner = key.removeprefix(prefix)
+        for pattern, replacement in (key_mapping or {}).items():
+            inner, count = re.subn(pattern, replacement, inner)
+            if count:
+                break
+        renamed[prefix + inner] = tensor
+    return renamed
+
+
 def fitting(
     tuner_class: type[BaseTuner],
     config: Any,
     expected: dict[str, tuple[int, ...]],
     file: File,
     is_trainable: bool,
+    key_mapping: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Check that an adapter's weights are what a model expects. Touches no model.
 
@@ -171,6 +215,7 @@ def fitting(
         expected: file key -> shape, of the adapter in its full form.
         file: from `read_files`.
         is_trainable: the adapter is to be trained.
+        key_mapping: see `rename_keys`.
     Returns:
         What the model is to hold, by key.
     Raises:
@@ -178,7 +223,8 @@ def fitting(
             range, in one error that names them all; or `is_trainable`, and the file serves inference only.
     """
     path, stored = file
-    tensors, inference_only = _fitting(tuner_class, config, expected, stored, str(path))
+    stored = rename_keys(stored, key_mapping)
+    tensors, inference_only = fit_tensors(tuner_class, config, expected, stored, str(path))
     if is_trainable and inference_only:
         raise AdapterFileError(
             f"`is_trainable` is True, but the adapter in {str(path.parent)!r} was saved as top-k weights, which hold "
@@ -187,7 +233,7 @@ def fitting(
     return tensors
 
 
-def _fitting(
+def fit_tensors(
     tuner_class: type[BaseTuner],
     config: Any,
     expected: dict[str, tuple[int, ...]],
@@ -294,74 +340,20 @@ def _converted(key: str, value: Tensor, dtype: torch.dtype, device: torch.device
     return converted
 
 
-def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: dict[str, Tensor] | None = None,
-    adapter_name: str | list[str] = "default",
-    **ignored: Any,
-) -> dict[str, Tensor]:
-    """Return what the file of an adapter holds, by key; on the model's devices, and where they can be the live tensors.
-
-    Args:
-        model: a PeftModel of ours, or one wrapped for running in parallel, or compiled.
-        state_dict: see `adapter_state_dict`.
-        adapter_name: which; the only active one may be given in a list.
-        ignored: what PEFT's function takes beside these.
-    Raises:
-        ValueError: no such adapter, several, or one that cannot be saved in this form.
-        TypeError: `model` is none of ours.
-    """
-    tuner, name = _one_adapter(model, adapter_name)
-    return adapter_state_dict(tuner, name, state_dict)
-
-
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: dict[str, Tensor],
-    adapter_name: str | list[str] = "default",
-    **ignored: Any,
-) -> LoadResult:
-    """Give an adapter that is on the model the values that `get_peft_model_state_dict` returned, all or none.
-
-    Args:
-        model, adapter_name, ignored: as there.
-        peft_model_state_dict: file key -> tensor; copied.
-    Raises:
-        AdapterFileError: keys that are missing or unknown, shapes or values that do not fit; nothing has changed.
-        ValueError, TypeError: as there.
-    """
-    tuner, name = _one_adapter(model, adapter_name)
-    stored = {key: tensor.detach().clone() for key, tensor in peft_model_state_dict.items()}
-    tuner.check_unmerged(name)
-    expected = tuner.full_shapes(name)
-    tensors, _ = _fitting(type(tuner), tuner.peft_config[name], expected, stored, "`peft_model_state_dict`")
-    with undone_on_failure(tuner, tuner.peft_config[name]):
-        fill_adapter(tuner, name, tensors, autocast_adapter_dtype=True, keep_dtype=False)
-    return LoadResult([], [])
-
-
-def _one_adapter(model: nn.Module, adapter_name: str | list[str]) -> tuple[BaseTuner, str]:
-    adapted, names = find_adapted(model), as_names(adapter_name)
-    if adapted is None:
-        raise TypeError(f"`model` is a {type(model).__name__}; give a PeftModel of vblora_triton.")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise TypeError("`model` is sharded by FSDP version 1, which keeps no parameters of its own; use version 2.")
-    if len(names) != 1:
-        raise ValueError(f"`adapter_name` is {adapter_name!r}; give the name of one adapter.")
-    adapted.base_model._check_known(*names)
-    return adapted.base_model, names[0]
-
-
-# accelerate, transformers and trl call them in peft, by these names.
-ANSWERS.update({function.__name__: function for function in (get_peft_model_state_dict, set_peft_model_state_dict)})
+def _unsharded(key: str) -> str:
+    """Return a key as it is without FSDP, version 1, which puts a module of its own around others."""
+    return key.replace("_fsdp_wrapped_module.", "")
 
 
 def _device(tuner: BaseTuner, owner_name: str) -> torch.device:
     """Return where a parameter of an adapter belongs: with its layer's weight, or where the model begins."""
     layer = tuner.get_submodule(owner_name.rpartition(".")[0])
     weight = layer.weight if isinstance(layer, BaseTunerLayer) else next(tuner.model.parameters())
-    # A model without values, too, can be given an adapter that has them.
-    return torch.device("cpu") if weight.is_meta else weight.device
+    if weight.is_meta:
+        # Where accelerate computes what it keeps on the CPU or on disk; a model without values has no such hook.
+        module = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
+    return weight.device
 
 
 def _some(items: list[str], separator: str = ", ", most: int = 12) -> str:

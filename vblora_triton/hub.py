@@ -17,6 +17,13 @@ TOKENIZER_NAME = "tokenizer_config.json"
 # What a caller may say about a download, and hf_hub_download takes under the same names.
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "repo_type", "endpoint")
 
+# What callers of PEFT say of where an adapter goes. It follows its layers: each part is put where the weight of its
+# layer is or, where accelerate keeps that on the CPU or on disk between calls, where accelerate computes.
+PLACEMENT = (
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+    *("ephemeral_gpu_offload", "use_safetensors"),
+)
+
 
 class AdapterFileError(ValueError):
     """A file of an adapter cannot be used; the message names the file and everything found wrong with it."""
@@ -58,6 +65,13 @@ def local_folder(
         if _download(str(model_id), name, subfolder, options | same) is not None:
             break
     return config.parent
+
+
+def download_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a download, after a look at those that say where the adapter goes."""
+    if options.get("offload_dir") is not None and options.get("offload_folder") is not None:
+        raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified.")
+    return {name: value for name, value in options.items() if name not in PLACEMENT}
 
 
 def has_tokenizer(model_id: str | os.PathLike, **options: Any) -> bool:

@@ -27,23 +27,35 @@ def methods() -> dict[str, Method]:
     return {name.lower(): config_class.method for name, config_class in PeftConfig.known.items()}
 
 
-def tuner_class(config: Any) -> type[BaseTuner]:
-    """Return the model class of a configuration's method.
+def own_config(config: Any) -> PeftConfig:
+    """Return a configuration of this package: the one given, or one made from PEFT's own of the same method.
 
     Raises:
-        TypeError: `config` is no configuration of this package.
+        TypeError: it is neither.
         ValueError: its method is not one of this package.
     """
-    if not isinstance(config, PeftConfig):
-        raise TypeError(
-            f"`peft_config` is of type {type(config).__module__}.{type(config).__name__}; give a "
-            "vblora_triton configuration, such as vblora_triton.VBLoRAConfig."
-        )
+    if not issubclass(type(config), PeftConfig):
+        home = type(config).__module__
+        if home.partition(".")[0] != "peft" or not hasattr(config, "to_dict"):
+            raise TypeError(
+                f"`peft_config` is of type {home}.{type(config).__name__}; give a vblora_triton configuration, such as "
+                "vblora_triton.VBLoRAConfig."
+            )
+        config = PeftConfig.from_dict(config.to_dict())
     if config.peft_type not in PeftConfig.known:
         raise ValueError(f"`peft_type` is {config.peft_type!r}; supported: {', '.join(sorted(PeftConfig.known))}.")
+    return config
+
+
+def tuner_class(config: Any) -> type[BaseTuner]:
+    """Return the model class of a configuration's method; see `own_config` for errors."""
+    return tuner_of(PeftConfig.known[own_config(config).peft_type])  # type: ignore[index]
+
+
+def tuner_of(config_class: type[PeftConfig]) -> type[BaseTuner]:
+    """Return the model class that belongs to a method's configuration class."""
     # Imported only now: a model needs torch and transformers, which take seconds.
-    known = PeftConfig.known[config.peft_type]
-    package, name = known.__module__.rpartition(".")[0], known.__name__.removesuffix("Config")
+    package, name = config_class.__module__.rpartition(".")[0], config_class.__name__.removesuffix("Config")
     return resolve_name(f"{package}.model:{name}Model")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +15,18 @@ from torch import nn
 from vblora_triton import card, checkpoint, hub, status
 from vblora_triton.folder import WEIGHT_NAMES
 from vblora_triton.integrations.transformers import accept_in_trainer
-from vblora_triton.methods import tuner_class
+from vblora_triton.methods import own_config, tuner_class
+from vblora_triton.preparation import require_input_grads
 from vblora_triton.tuner.config import PeftConfig, TaskType
-from vblora_triton.tuner.seen import SeenAsPefts
+from vblora_triton.tuner.seen import AdaptedModel
+from vblora_triton.tuner.state import as_names
 from vblora_triton.tuner.undo import undone_on_failure
 
 # The classes of the tasks; task_models.py puts them in.
 TASK_CLASSES: dict[TaskType, type[PeftModel]] = {}
 
 
-class PeftModel(SeenAsPefts, nn.Module):
+class PeftModel(AdaptedModel, nn.Module):
     """A model with adapters. What it does not have itself is looked up in the adapted model, then in the plain one.
 
     base_model: the adapted model, for instance a VBLoRAModel; `base_model.model` is the plain one, changed in place.
@@ -39,7 +42,6 @@ class PeftModel(SeenAsPefts, nn.Module):
         ValueError, TypeError: the adapter does not fit the model, which is then as it was.
     """
 
-    peft_name = "PeftModel"
     task_type: ClassVar[TaskType | None] = None
     task_heads: ClassVar[tuple[str, ...]] = ()
 
@@ -86,6 +88,16 @@ class PeftModel(SeenAsPefts, nn.Module):
         return self.peft_config[self.active_adapters[0]]
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter is active, and adapters are not disabled."""
+        return bool(self.active_adapters) and not self.base_model._disabled
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The dtype of the plain model, where that has one."""
+        return getattr(self.base_model, "dtype", None)
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that are trained whole, as the configurations give them."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
@@ -130,13 +142,20 @@ class PeftModel(SeenAsPefts, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Let the model act as if it had no adapters, inside the context; trained biases stay."""
-        were_disabled = self.base_model._disabled
+        """Let the model act as if it had no adapters, and freeze them, inside the context; trained biases stay."""
+        states = {wrapper.disable_adapters for _, wrapper in self.base_model.wrappers()}
+        if len(states) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. After the "
+                "disable_adapter context all of them will be enabled.",
+                # Past contextlib.
+                stacklevel=3,
+            )
         self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
-            if not were_disabled:
+            if states != {True}:
                 self.base_model.enable_adapter_layers()
 
     # Adapters.
@@ -152,14 +171,18 @@ class PeftModel(SeenAsPefts, nn.Module):
 
         Args:
             adapter_name: a new name.
-            peft_config: a configuration of the same method.
+            peft_config: a configuration of the same method, or PEFT's own.
             low_cpu_mem_usage, autocast_adapter_dtype: see the class.
         Raises:
             ValueError, TypeError: the name is taken, or the adapter does not fit; nothing has changed then.
         """
-        self.base_model.add_adapter(
-            adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, self.task_heads
-        )
+        config = own_config(peft_config)
+        if config.peft_type != self.peft_type:
+            raise TypeError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}; "
+                f"give a {self.base_model.config_class.__name__}."
+            )
+        self.base_model.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, self.task_heads)
 
     def load_adapter(
         self,
@@ -170,7 +193,8 @@ class PeftModel(SeenAsPefts, nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         subfolder: str | None = None,
-        **download: Any,
+        key_mapping: dict[str, str] | None = None,
+        **options: Any,
     ) -> checkpoint.LoadResult:
         """Put a saved adapter on the model; under the name of one that is there, give that one the saved values.
 
@@ -181,13 +205,18 @@ class PeftModel(SeenAsPefts, nn.Module):
             autocast_adapter_dtype: parameters in float32; else see `low_cpu_mem_usage`.
             low_cpu_mem_usage: without `autocast_adapter_dtype`, keep the file's dtype instead of the base weight's.
             subfolder: a folder inside `model_id`.
-            download: `revision`, `token`, `cache_dir`, ...; see `hub.local_folder`.
+            key_mapping: expression -> replacement, for the names of modules in the file, where the model was laid out
+                otherwise when it was saved; that of the model, `_checkpoint_conversion_mapping`, by default.
+            options: `revision`, `token`, `cache_dir`, ... of a download, see `hub.local_folder`; and where to put the
+                adapter, see `hub.PLACEMENT`.
         Raises:
             AdapterFileError: a file that is missing, broken, or does not fit; the model is as it was.
             ValueError: `is_trainable`, and the file serves inference only.
             TypeError: an unknown option of a download.
         """
-        tuner, folder = self.base_model, hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **download)
+        tuner, download = self.base_model, hub.download_options(options)
+        folder = hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **download)
+        key_mapping = _key_mapping(tuner.model) if key_mapping is None else key_mapping
         own = self.peft_config.get(adapter_name)
         config, file = checkpoint.read_files(folder, missing=own)
         if own is None:
@@ -196,7 +225,7 @@ class PeftModel(SeenAsPefts, nn.Module):
             tuner.check_unmerged(adapter_name)
             config = checkpoint.refill_config(own, config)
             expected = tuner.full_shapes(adapter_name)
-        tensors = checkpoint.fitting(type(tuner), config, expected, file, is_trainable)
+        tensors = checkpoint.fitting(type(tuner), config, expected, file, is_trainable, key_mapping)
         with undone_on_failure(tuner, own or config):
             if own is None:
                 config.inference_mode = not is_trainable
@@ -212,11 +241,26 @@ class PeftModel(SeenAsPefts, nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several at once, the active ones; see `BaseTuner.set_adapter`."""
+        self.base_model._check_known(*as_names(adapter_name), phrase="Adapter {} not found")
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model; see `BaseTuner.delete_adapter`."""
         self.base_model.delete_adapter(adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether an adapter can be written as one of LoRA; see `vblora_triton.convert_to_lora`."""
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let gradients reach the inputs of a plain model, which reentrant checkpoints need; return the model.
+
+        A quantised one has been prepared by `prepare_model_for_kbit_training`.
+        """
+        quantised = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        if not any(getattr(model, name, False) for name in quantised):
+            require_input_grads(model)
+        return model
 
     # Files.
 
@@ -244,7 +288,9 @@ class PeftModel(SeenAsPefts, nn.Module):
             ValueError: `save_directory` is a file, there is no such adapter, or it cannot be saved in this form.
         """
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        self.base_model._check_known(*names)
+        self.base_model._check_known(
+            *names, phrase="You passed an invalid `selected_adapters` argument: adapter {} does not exist"
+        )
         if save_embedding_layers not in ("auto", False):
             raise ValueError(
                 f"`save_embedding_layers` is {save_embedding_layers!r}, which is not supported; name the "
@@ -266,7 +312,8 @@ class PeftModel(SeenAsPefts, nn.Module):
         *,
         low_cpu_mem_usage: bool = False,
         subfolder: str | None = None,
-        **download: Any,
+        key_mapping: dict[str, str] | None = None,
+        **options: Any,
     ) -> PeftModel:
         """Put a saved adapter on a plain model.
 
@@ -274,7 +321,7 @@ class PeftModel(SeenAsPefts, nn.Module):
             model: the base model, adapted in place.
             model_id: a folder with a saved adapter, or its id on the Hub.
             config: use this configuration instead of the folder's.
-            adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, subfolder, download: see
+            adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, subfolder, key_mapping, options: see
                 `load_adapter`.
         Returns:
             The model, of the class that the configuration's `task_type` names; in eval() unless `is_trainable`.
@@ -283,11 +330,12 @@ class PeftModel(SeenAsPefts, nn.Module):
             ValueError: `is_trainable`, and the file serves inference only; or the model has adapters already.
             TypeError: an unknown option of a download.
         """
-        folder = hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **download)
-        config, file = checkpoint.read_files(folder, config)
+        folder = hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **hub.download_options(options))
+        key_mapping = _key_mapping(model) if key_mapping is None else key_mapping
+        config, file = checkpoint.read_files(folder, None if config is None else own_config(config))
         method, kind = tuner_class(config), cls.class_for(config)
         expected = method.file_shapes(method.plan(config, model, kind.task_heads))
-        tensors = checkpoint.fitting(method, config, expected, file, is_trainable)
+        tensors = checkpoint.fitting(method, config, expected, file, is_trainable, key_mapping)
         with undone_on_failure(model, config):
             config.inference_mode = not is_trainable
             adapted = kind(model, config, adapter_name, low_cpu_mem_usage=True)
@@ -322,6 +370,11 @@ class PeftModel(SeenAsPefts, nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _key_mapping(model: nn.Module) -> dict[str, str]:
+    """Return what transformers knows of how the modules of a model were called before."""
+    return getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
 
 def _refuse_mixed_batch(kwargs: dict[str, Any]) -> None:

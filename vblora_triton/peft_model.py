@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vblora_triton.methods import tuner_class
+from vblora_triton.methods import own_config, tuner_class
 from vblora_triton.task_models import TASK_CLASSES, PeftModel
 from vblora_triton.tuner.config import PeftConfig
 from vblora_triton.tuner.injection import has_adapters
@@ -55,20 +55,29 @@ def get_peft_model(
     """
     if mixed:
         raise ValueError("`mixed` is True; adapters of different methods on one model are not supported: leave it out.")
+    peft_config = own_config(peft_config)
     method = tuner_class(peft_config)
     kind = PeftModel.class_for(peft_config)
     if is_adapted(model):
         check_adapter_name(adapter_name)
         method.plan(peft_config, model, kind.task_heads)
         warnings.warn(
-            "`model` carried adapters of an earlier call of get_peft_model(); they are taken off, and the model that "
-            "call returned is not to be used any more. To have several, use add_adapter().",
+            "You are trying to modify a model with PEFT for a second time: `model` carried adapters of an earlier call "
+            "of get_peft_model(). They are taken off, and the model that call returned is not to be used any more. To "
+            "have several, use add_adapter().",
             stacklevel=2,
         )
         strip_model(model)
     adapted = kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     # A model made from a configuration has the empty string for a name.
-    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    old, new = peft_config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    if old and new and old != new:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. Please ensure that the "
+            "correct base model is loaded when loading this checkpoint.",
+            stacklevel=2,
+        )
+    peft_config.base_model_name_or_path = new or old
     if revision is not None:
         peft_config.revision = revision
     return adapted

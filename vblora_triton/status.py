@@ -78,8 +78,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     ]
     if not layers:
         raise ValueError(
-            f"`model` is a {type(model).__name__} without adapters; give one that get_peft_model() or "
-            "PeftModel.from_pretrained() returned."
+            f"No adapter layers found in the model: `model` is a {type(model).__name__}. Give one that "
+            "get_peft_model() or PeftModel.from_pretrained() returned."
         )
     return layers
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vblora_triton.tuner.config import TargetedConfig, check_int
+from vblora_triton.tuner.config import TargetedConfig
+from vblora_triton.tuner.fields import check_int
 from vblora_triton.tuner.method import FileForm, Method, Option, Part
 
 

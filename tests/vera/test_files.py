@@ -64,10 +64,10 @@ def test_the_file_has_the_documented_keys_shapes_and_dtypes_and_the_count_is_its
     found = {key: (tuple(t.shape), t.dtype) for key, t in load_file(tmp_path / WEIGHTS).items()}
     projections = {A: ((6, 96), torch.float32), B: ((64, 6), torch.float32)}
     assert found == {
-        f"{layer}.self_attn.q_proj.vera_lambda_b": ((64,), torch.float32),
-        f"{layer}.self_attn.q_proj.vera_lambda_d": ((6,), torch.float32),
-        f"{layer}.mlp.down_proj.vera_lambda_b": ((64,), torch.float32),
-        f"{layer}.mlp.down_proj.vera_lambda_d": ((6,), torch.float32),
+        f"{layer}.self_attn.q_proj.vera_lambda_b": ((64,), torch.bfloat16),
+        f"{layer}.self_attn.q_proj.vera_lambda_d": ((6,), torch.bfloat16),
+        f"{layer}.mlp.down_proj.vera_lambda_b": ((64,), torch.bfloat16),
+        f"{layer}.mlp.down_proj.vera_lambda_d": ((6,), torch.bfloat16),
         "base_model.model.lm_head.weight": ((48, 64), torch.bfloat16),
     } | (projections if save_projection else {})
     assert sum(model.get_nb_savable_parameters()) == size_on_disk(tmp_path / WEIGHTS) // 4

@@ -6,9 +6,7 @@ Standard library alone, here and in hub.py, so that reading a configuration cost
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import stat
 import tempfile
 import warnings
@@ -21,13 +19,26 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from vblora_triton.hub import CONFIG_NAME, AdapterFileError, local_folder
+from vblora_triton.tuner.fields import check_choice, check_layers, name_list, name_set
 from vblora_triton.tuner.method import Method
-from vblora_triton.tuner.seen import SeenAsPefts
+from vblora_triton.tuner.seen import SeenAsPefts, loaded_peft, tell
 
 # Whether a configuration is being read, and not chosen by somebody to whom advice would be of use.
 _READING: ContextVar[bool] = ContextVar("_READING", default=False)
 
 _Config = TypeVar("_Config", bound="PeftConfig")
+
+
+# The version of PEFT whose files these are, in the place of one that is installed.
+PEFT_VERSION = "0.21.2"
+
+
+class PeftWarning(UserWarning):
+    """Something that PEFT's users may want to hear of or to silence; of its name there."""
+
+
+class MissingTypeError(AdapterFileError, TypeError):
+    """A JSON object that says nothing of a method (TypeError to PEFT's users, AdapterFileError to ours, so both)."""
 
 
 class PeftType(str, Enum):
@@ -88,88 +99,6 @@ def _permissions(path: Path) -> int:
     return 0o666 & ~umask
 
 
-def check_int(name: str, value: Any, minimum: int = 1) -> None:
-    """Raise TypeError unless `value` is an int (no bool), ValueError unless it is at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); give an int of at least {minimum}.")
-    if value < minimum:
-        raise ValueError(f"`{name}` is {value}; give an int of at least {minimum}.")
-
-
-def check_float(name: str, value: Any, low: float, high: float, wanted: str) -> None:
-    """Raise TypeError unless `value` is a real number, ValueError unless low <= value <= high and it is finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); give {wanted}.")
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"`{name}` is {value}; give {wanted}.")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); give True or False.")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-
-
-def name_set(name: str, value: Any) -> set[str] | str | None:
-    """Turn a list of module names into a set; leave None alone, and a string, if it is a regular expression."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(
-                f"`{name}` is {value!r}, which is no regular expression ({error}); give a list of "
-                "module names, or an expression that matches whole names."
-            ) from error
-        return value
-    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
-        return set(value)
-    raise TypeError(f"`{name}` is {value!r}; give a list of module names or one regular expression.")
-
-
-def name_list(name: str, value: Any) -> list[str] | None:
-    """Return a list of module names, each once, in the order given; leave None alone."""
-    if value is None:
-        return None
-    if isinstance(name_set(name, value), str):
-        raise TypeError(f"`{name}` is {value!r}; give a list of module names.")
-    return list(dict.fromkeys(value))
-
-
-def _check_layers(layers_to_transform: Any, layers_pattern: Any, target_modules: Any) -> None:
-    """Check the two fields that restrict an adapter to some of the numbered layers; TypeError or ValueError."""
-    if layers_to_transform is not None:
-        numbers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
-        if not isinstance(numbers, (list, tuple)):
-            raise TypeError(f"`layers_to_transform` is {layers_to_transform!r}; give a layer number or a list of them.")
-        for number in numbers:
-            check_int("layers_to_transform", number, minimum=0)
-        if isinstance(target_modules, str):
-            raise ValueError(
-                f"`layers_to_transform` is {layers_to_transform!r}, but `target_modules` is the string "
-                f"{target_modules!r}, beside which it has no effect; give `target_modules` as a list, or write the "
-                "layer numbers into the expression."
-            )
-    if layers_pattern is not None:
-        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(item, str) for item in patterns):
-            raise TypeError(f"`layers_pattern` is {layers_pattern!r}; give a name such as 'layers', or a list of them.")
-        for pattern in patterns:
-            name_set("layers_pattern", pattern)
-        if patterns and layers_to_transform is None:
-            raise ValueError(
-                f"`layers_pattern` is {layers_pattern!r}, but `layers_to_transform` is None; say which of these "
-                "layers to adapt, or leave `layers_pattern` out."
-            )
-
-
 @dataclass
 class PeftConfig(SeenAsPefts):
     """What every adapter's configuration holds.
@@ -178,7 +107,7 @@ class PeftConfig(SeenAsPefts):
         task_type: a `TaskType`, its name, or None.
         peft_type: the method; a subclass sets it.
         auto_mapping: {"base_model_class", "parent_library"} of the base model, where there is no task type.
-        peft_version: the version that wrote the file; carried, not interpreted.
+        peft_version: the version of PEFT that wrote the file, or that would write the same; carried, not interpreted.
         base_model_name_or_path: where the base model came from; filled in by `get_peft_model`.
         revision: the revision of the base model.
         inference_mode: the adapter is frozen when it is put on a model.
@@ -212,6 +141,11 @@ class PeftConfig(SeenAsPefts):
     known: ClassVar[dict[str, type[PeftConfig]]] = {}
 
     def __post_init__(self) -> None:
+        peft = loaded_peft()
+        if peft is not None:
+            tell(peft)
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION if peft is None else peft.config.PeftConfigMixin._get_peft_version()
         if self.type_name is not None:
             if self.peft_type not in (None, self.type_name):
                 raise ValueError(
@@ -220,7 +154,13 @@ class PeftConfig(SeenAsPefts):
                 )
             self.peft_type = PeftType(self.type_name)
         if self.task_type is not None:
-            check_choice("task_type", self.task_type, tuple(task.value for task in TaskType))
+            tasks = tuple(task.value for task in TaskType)
+            if self.task_type not in tasks:
+                raise ValueError(
+                    f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
+                    f"{', '.join(tasks)}. `task_type` is {self.task_type!r}; choose one of "
+                    f"{', '.join(map(repr, tasks))}, or leave it out."
+                )
             self.task_type = TaskType(self.task_type)
         self.check()
         if not _READING.get():
@@ -305,7 +245,11 @@ class PeftConfig(SeenAsPefts):
         known = {field.name for field in fields(config_class)}
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
-            warnings.warn(f"{config_class.__name__} does not know {', '.join(unknown)}; dropped.", stacklevel=2)
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {config_class.__name__}, these are ignored. "
+                "The file may come from a newer version.",
+                stacklevel=2,
+            )
         token = _READING.set(True)
         try:
             return config_class(**{key: value for key, value in values.items() if key in known})
@@ -313,11 +257,11 @@ class PeftConfig(SeenAsPefts):
             _READING.reset(token)
 
     @classmethod
-    def from_json_file(cls: type[_Config], path: str | os.PathLike) -> _Config:
-        """Read one adapter_config.json.
+    def from_json_file(cls, path: str | os.PathLike) -> dict[str, Any]:
+        """Read one adapter_config.json as a dictionary of its fields, which `from_dict` takes.
 
         Raises:
-            AdapterFileError: the file cannot be read, is no JSON object, or describes no valid configuration.
+            AdapterFileError: the file cannot be read, or is no JSON object.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -325,6 +269,28 @@ class PeftConfig(SeenAsPefts):
             raise AdapterFileError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(values, dict):
             raise AdapterFileError(f"{path} holds a JSON {type(values).__name__}; an object with fields is needed.")
+        if values.pop("runtime_config", None) is not None:
+            warnings.warn(
+                "The configuration file contains a `runtime_config` key. This is ignored. Runtime configurations are "
+                "only valid at runtime.",
+                stacklevel=2,
+            )
+        return values
+
+    @classmethod
+    def from_file(cls: type[_Config], path: str | os.PathLike) -> _Config:
+        """Read the configuration in one adapter_config.json.
+
+        Raises:
+            AdapterFileError: the file cannot be read, or describes no valid configuration; one that does not say its
+                method, `peft_type`, is also a TypeError.
+        """
+        values = cls.from_json_file(path)
+        if values.get("peft_type") is None:
+            raise MissingTypeError(
+                f"{path}: The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                "{'peft_type'}. It may belong to something else."
+            )
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -350,10 +316,10 @@ class PeftConfig(SeenAsPefts):
         folder = local_folder(pretrained_model_name_or_path, (), subfolder, **options)
         if not (folder / CONFIG_NAME).is_file():
             raise AdapterFileError(
-                f"There is no {CONFIG_NAME} in {str(folder)!r}; give the folder of a saved adapter, or an id on the "
-                "Hub such as 'someone/their-adapter'."
+                f"Can't find '{CONFIG_NAME}' at '{folder}': there is no {CONFIG_NAME}. Give the folder of a saved "
+                "adapter, or an id on the Hub such as 'someone/their-adapter'."
             )
-        return cls.from_json_file(folder / CONFIG_NAME)
+        return cls.from_file(folder / CONFIG_NAME)
 
 
 class TargetedConfig(PeftConfig):
@@ -386,4 +352,4 @@ class TargetedConfig(PeftConfig):
             ("modules_to_save", name_list),
         ):
             setattr(self, name, names(name, getattr(self, name)))
-        _check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
+        check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)

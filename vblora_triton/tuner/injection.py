@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,8 @@ def _check_kinds(targets: dict[str, nn.Module], modules: dict[str, nn.Module]) -
     wrong = [f"{name} ({type(module).__name__})" for name, module in targets.items() if not linear_features(module)]
     if wrong:
         raise UnsupportedTargetError(
-            f"`target_modules` matches {', '.join(wrong)}, but only nn.Linear and transformers' "
-            "Conv1D can be adapted; name linear layers, or take these out with "
+            f"Target module {', '.join(wrong)} is not supported. Currently, only `torch.nn.Linear` and "
+            "`transformers.pytorch_utils.Conv1D` are: name such in `target_modules`, or take these out with "
             "`exclude_modules`."
         )
     unreachable = [name for name in targets if never_called(modules, name)]
@@ -121,6 +121,22 @@ def is_saved_part(name: str, saved: dict[str, nn.Module]) -> bool:
 def has_adapters(model: nn.Module) -> bool:
     """Say whether any module of the model is an adapted or a wrapped one."""
     return any(isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules())
+
+
+def walk_wrappers(model: nn.Module, layer_class: Any) -> Iterator[tuple[str, Any]]:
+    """Walk the adapted layers of a class and the modules that are saved whole, by name."""
+    seen, ahead = set(), [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, (layer_class, ModulesToSaveWrapper)):
+            yield name, module
+        # Nothing is adapted inside an adapted layer, and what each of its adapters has there can be much.
+        if not isinstance(module, layer_class):
+            below = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
+            ahead += reversed(below)
 
 
 def check_plain(model: Any) -> None:

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from vblora_triton.tuner.seen import SeenAsPefts
+from vblora_triton.tuner.state import AdapterState, as_names
 from vblora_triton.tuner.undo import copy_all
-
-
-def as_names(adapter_names: str | Iterable[str]) -> list[str]:
-    """Return the names of adapters as a list, each once, whether one was given or several."""
-    return [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
 
 
 def check_adapter_name(name: Any) -> None:
@@ -51,44 +48,6 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 class UnsupportedTargetError(TypeError, ValueError):
     """A targeted module cannot carry an adapter (TypeError to some callers, ValueError to others, so both)."""
-
-
-class AdapterState:
-    """Which adapters act and which are trained, in an adapted layer or in a module that is saved whole."""
-
-    _active_adapter: str | list[str]
-    _disable_adapters: bool = False
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the layer acts as its base layer, or the module as its original, alone; may be set."""
-        return self._disable_adapters
-
-    @disable_adapters.setter
-    def disable_adapters(self, disabled: bool) -> None:
-        self.enable_adapters(not disabled)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter, or the active ones, as they were set."""
-        return self._active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters as a list; not all of them need be here."""
-        return as_names(self._active_adapter)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn all adapters on or off; which are active and which are trained stays as it is."""
-        self._disable_adapters = not enabled
-
-    def set_adapter(self: Any, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones, trained unless `inference_mode`, and freeze the others."""
-        self._active_adapter = adapter_names
-        active, here = set(as_names(adapter_names)), self.available_adapters()
-        self.set_requires_grad(here, False)
-        if not inference_mode:
-            self.set_requires_grad([adapter for adapter in here if adapter in active])
 
 
 class BaseTunerLayer(AdapterState):
@@ -204,6 +163,10 @@ class BaseTunerLayer(AdapterState):
         self._shared = shared
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not frozen)
 
+    def own_parameters(self) -> list[Tensor]:
+        """Return the parameters of all adapters that are this layer's alone."""
+        return [parameter for name in self.own_names() for parameter in getattr(self, name).values()]
+
     def tensors_of(self, adapter_name: str) -> list[Tensor]:
         """Return everything that an adapter consists of here, what it shares with other layers included."""
         mappings = (getattr(self, name) for name in self.adapter_layer_names)
@@ -252,7 +215,10 @@ class BaseTunerLayer(AdapterState):
             TypeError: `adapter_names` is a string, or the weight is not floating (a quantised base).
         """
         if isinstance(adapter_names, str):
-            raise TypeError(f"`adapter_names` is {adapter_names!r}; give a list: [{adapter_names!r}].")
+            raise TypeError(
+                f"adapter_names should be a list of strings, got {adapter_names!r}. Give `adapter_names` as "
+                f"[{adapter_names!r}]."
+            )
         asked = self.active_adapters if adapter_names is None else adapter_names
         available = self.available_adapters()
         names = [name for name in dict.fromkeys(asked) if name in available and name not in self.merged_adapters]
@@ -276,8 +242,8 @@ class BaseTunerLayer(AdapterState):
                 total = total + self.get_delta_weight(adapter)
                 if check_finite and not torch.isfinite(total.to(self.weight.dtype)).all():
                     raise ValueError(
-                        f"Merging adapter {adapter!r} gives weights that are not finite; the adapter, or "
-                        "the base weight, is broken. Nothing was changed."
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: merging "
+                        f"{adapter!r} gives weights that are not finite. Nothing was changed."
                     )
             return total.to(self.weight.dtype)
 
@@ -296,7 +262,7 @@ class BaseTunerLayer(AdapterState):
         names = self.adapters_to_merge(adapter_names)
         if not names:
             if self.merged:
-                warnings.warn("All of these adapters are merged already; nothing was done.", stacklevel=2)
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
         weight = self.merged_weight(names, safe_merge)
         if self.keep_base_weight and not self.merged:
@@ -328,18 +294,23 @@ class BaseTunerLayer(AdapterState):
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again; see `unmerged_weight`."""
         if not self.merged:
-            warnings.warn("No adapter is merged; nothing was done.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         copy_all([(self.weight, self.unmerged_weight())])
         self._base_weight = None
         self.merged_adapters.clear()
 
 
-class ModulesToSaveWrapper(AdapterState, nn.Module):
+class ModulesToSaveWrapper(SeenAsPefts, AdapterState, nn.Module):
     """A module that is trained in full beside the adapters: each adapter has a copy, the original stays as it was.
 
     At most one active adapter may have a copy of the same module.
     """
+
+    peft_name = "utils.ModulesToSaveWrapper"
+    # PEFT's functions look for these.
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
 
     def __init__(self, original_module: nn.Module, active_adapter: str | list[str]) -> None:
         super().__init__()
@@ -352,17 +323,39 @@ class ModulesToSaveWrapper(AdapterState, nn.Module):
         self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
 
     @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have a copy here: one, or none."""
+        return [name for name in as_names(self._active_adapter) if name in self.modules_to_save]
+
+    @property
+    def _adapters(self) -> set[str]:
+        # PEFT's name for it.
+        return set(self.modules_to_save)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """Return which of these adapters has a copy here, if any; PEFT's functions ask before they set it."""
+        return next((name for name in as_names(adapter_name) if name in self.modules_to_save), None)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """None: copies take the original's place as they are."""
+        return []
+
+    @property
     def active_copy(self) -> nn.Module:
         """The module in force: the active adapter's copy, or the original."""
         if not self._disable_adapters:
-            for name in as_names(self._active_adapter):
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
+            for name in self.active_adapters:
+                return self.modules_to_save[name]
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module in force."""
         return self.active_copy(*args, **kwargs)
+
+    def own_parameters(self) -> list[Tensor]:
+        """Return the parameters of all copies."""
+        return list(self.modules_to_save.parameters())
 
     def tensors_of(self, adapter_name: str) -> list[Tensor]:
         """Return the parameters of an adapter's copy."""
@@ -372,14 +365,24 @@ class ModulesToSaveWrapper(AdapterState, nn.Module):
         """Name the adapters that have a copy."""
         return list(self.modules_to_save)
 
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return an adapter's copy by the keys that it has in a file, out of the state dict of this wrapper."""
+        return {key: state_dict[live] for key, live in self.adapter_state_dict_load_map(adapter_name).items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return key in a file -> key in the state dict of this wrapper, of an adapter's copy."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze the copies of adapters."""
         for name in as_names(adapter_names):
             if name in self.modules_to_save:
                 self.modules_to_save[name].requires_grad_(requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter's copy."""
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        """Forget an adapter's copy; which adapters are to be active then is the model's to say, by `set_adapter`."""
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
         self._active_adapter = [name for name in as_names(self._active_adapter) if name != adapter_name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,10 +43,12 @@ class Merging:
         """Return the adapters that are merged, in any layer."""
         return {name for _, layer in self.adapted_layers() for name in layer.merged_adapters}
 
-    def check_unmerged(self: Any, adapter_name: str) -> None:
-        """Raise ValueError if the adapter is merged: other values would not be in force."""
+    def check_unmerged(self: Any, adapter_name: str, refused: str = "") -> None:
+        """Raise ValueError if the adapter is merged, beginning with `refused`: other values would not be in force."""
         if adapter_name in self._merged():
-            raise ValueError(f"Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first.")
+            raise ValueError(
+                f"{refused}Adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first."
+            )
 
     def merge_and_unload(
         self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -110,6 +113,16 @@ def merge_layers(
     """
     names = {key: layer.adapters_to_merge(adapter_names) for key, layer in layers.items()}
     check_alone(model, {key: layers[key] for key in layers if names[key]})
+    merged = sorted({name for layer in layers.values() for name in layer.merged_adapters})
+    if merged:
+        more = sorted({name for new in names.values() for name in new})
+        warnings.warn(
+            f"Already following adapters were merged {','.join(merged)}. You are now additionally merging "
+            f"{','.join(more)}."
+            if more
+            else "All adapters are already merged, nothing to do.",
+            stacklevel=3,
+        )
     if safe_merge:
         for key, layer in _shown(layers.items(), progressbar, "Checking"):
             layer.merged_weight(names[key], check_finite=True)

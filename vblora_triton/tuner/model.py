@@ -7,20 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vblora_triton.ops.shared_input import Readers, shared_inputs
 from vblora_triton.tuner.biases import TrainedBiases
 from vblora_triton.tuner.contents import AdapterContents
 from vblora_triton.tuner.file_keys import AdapterFiles
-from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan
-from vblora_triton.tuner.layer import (
-    BaseTunerLayer,
-    ModulesToSaveWrapper,
-    as_names,
-    check_adapter_name,
-)
+from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan, walk_wrappers
+from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper, check_adapter_name
 from vblora_triton.tuner.merging import Merging, unmerge_layers
+from vblora_triton.tuner.state import as_names, hold, release
 from vblora_triton.tuner.undo import undone_on_failure
 
 
@@ -48,6 +44,8 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         ValueError, TypeError: the adapter does not fit the model, which is then as it was.
     """
 
+    # PEFT's tuners for which it is true cannot be put on by inject_adapter_in_model().
+    uses_shared_state: ClassVar[bool] = False
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]]
     linear_cls: ClassVar[Any]
     target_module_mapping: ClassVar[dict[str, list[str] | str]]
@@ -69,6 +67,7 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         self.trained_biases, self.kept_biases, self._biases_in_force = {}, {}, set()
         self._disabled = False
         self._readers = Readers()
+        self._held: tuple[Tensor, ...] = ()
         config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
         self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, heads)
 
@@ -138,7 +137,7 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(
-                f"There is an adapter named {adapter_name!r} already; choose another name, or delete it first."
+                f"Adapter with name '{adapter_name}' already exists. Choose another name, or delete it first."
             )
         plan = self.plan(peft_config, self.model, heads)
         biased = [name for name, config in self.peft_config.items() if config.bias != "none"]
@@ -203,7 +202,8 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
             ValueError: there is no such adapter, or it is merged.
         """
         self._check_known(adapter_name)
-        self.check_unmerged(adapter_name)
+        refused = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. "
+        self.check_unmerged(adapter_name, refused)
         biases = self._prepare_biases({*self.active_adapters, *self._merged()} - {adapter_name})
         self._train_biases(adapter_name, False)
         self._swap_biases(biases)
@@ -237,8 +237,8 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
             both = [adapter for adapter in names if adapter in copies]
             if len(both) > 1:
                 raise ValueError(
-                    f"`adapter_name` is {names}, but {', '.join(both)} each have their own copy of {name}; "
-                    "activate one of them."
+                    f"Only one adapter can be set at a time for {wrapper}, which is {name}: `adapter_name` is {names}, "
+                    f"and {', '.join(both)} each have their own copy of it; activate one of them."
                 )
         biases = self._prepare_biases(names)
         unmerge_layers(dict(self.adapted_layers()))
@@ -247,6 +247,7 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
 
     def _activate(self, adapter_names: str | list[str], inference_mode: bool) -> None:
         self.active_adapter = adapter_names
+        self._held = ()
         for _, wrapper in self.wrappers():
             wrapper.set_adapter(adapter_names, inference_mode)
         trained = set() if inference_mode else set(as_names(adapter_names))
@@ -280,13 +281,18 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
             )
 
     def disable_adapter_layers(self) -> None:
-        """Let the model act as if it had no adapters; trained biases stay."""
+        """Let the model act as if it had no adapters, and freeze them; trained biases stay."""
+        if not self._disabled:
+            shared = (getattr(self, attribute) for attribute in self.tuner_layer_cls.shared_layer_names)
+            self._held = hold(parameter for parameters in shared for parameter in parameters.parameters())
         self._disabled = True
         for _, wrapper in self.wrappers():
             wrapper.enable_adapters(False)
 
     def enable_adapter_layers(self) -> None:
-        """Let the active adapters act again."""
+        """Let the active adapters act again, and be trained as they were."""
+        release(self._held)
+        self._held = ()
         self._disabled = False
         for _, wrapper in self.wrappers():
             wrapper.enable_adapters(True)
@@ -304,24 +310,20 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
 
     def wrappers(self) -> Iterator[tuple[str, Any]]:
         """Walk the adapted layers and the modules that are saved whole, by their name in `model`."""
-        seen, ahead = set(), [("", self.model)]
-        while ahead:
-            name, module = ahead.pop()
-            if module in seen:
-                continue
-            seen.add(module)
-            if isinstance(module, (self.tuner_layer_cls, ModulesToSaveWrapper)):
-                yield name, module
-            # Nothing is adapted inside an adapted layer, and what each of its adapters has there can be much.
-            if not isinstance(module, self.tuner_layer_cls):
-                below = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
-                ahead += reversed(below)
+        return walk_wrappers(self.model, self.tuner_layer_cls)
 
-    def _check_known(self, *adapter_names: str) -> None:
+    def _check_known(self, *adapter_names: str, phrase: str = "Adapter {} does not exist") -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
             there = ", ".join(map(repr, self.peft_config)) or "none"
-            raise ValueError(f"There is no adapter named {', '.join(map(repr, unknown))}; the adapters here: {there}.")
+            raise ValueError(
+                f"{phrase.format(', '.join(map(str, unknown)))}. There is none named {', '.join(map(repr, unknown))}; "
+                f"the adapters here: {there}."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether an adapter can be written as one of LoRA; see `vblora_triton.convert_to_lora`."""
+        return adapter_name in self.peft_config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""

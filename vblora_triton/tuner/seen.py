@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import cache
+from operator import attrgetter
+from pkgutil import resolve_name
 from types import new_class
 from typing import Any, ClassVar
 
-# Called with the module peft, once, before the first question about one of its classes is answered.
-WHEN_ASKED: list[Callable[[Any], None]] = []
+# The function that is called with the module peft, once, before the first question about one of its classes is
+# answered; by name, "module:function", for it needs all of the package.
+WHEN_ASKED: list[str] = []
 
 
 class SeenAsPefts:
@@ -18,7 +20,7 @@ class SeenAsPefts:
     The type stays ours, and so does every method; only `model.__class__`, which `isinstance` reads where the type
     itself does not answer, names a class that descends from both.
 
-    peft_name: the class of peft's for those whose own name peft does not have.
+    peft_name: the class of peft's, dotted, for those whose own name peft does not have.
     """
 
     peft_name: ClassVar[str]
@@ -28,10 +30,11 @@ class SeenAsPefts:
         """Our class, or where peft is loaded a class made from ours and peft's."""
         own: Any = type(self)
         peft = loaded_peft()
-        if peft is None or issubclass(own, getattr(peft, own.peft_name)):
+        if peft is None:
             return own
         tell(peft)
-        return _class_of_both(own, getattr(peft, own.__name__, getattr(peft, own.peft_name)))
+        theirs = attrgetter(own.peft_name)(peft)
+        return own if issubclass(own, theirs) else _class_of_both(own, getattr(peft, own.__name__, theirs))
 
     @__class__.setter
     def __class__(self, kind: type) -> None:
@@ -43,6 +46,12 @@ class SeenAsPefts:
         return make_blank, (type(self),), vars(self)
 
 
+class AdaptedModel(SeenAsPefts):
+    """A mix-in for what holds a base model and its adapters."""
+
+    peft_name = "PeftModel"
+
+
 def loaded_peft() -> Any:
     """Return the module peft, if somebody has imported all of it."""
     peft = sys.modules.get("peft")
@@ -51,9 +60,9 @@ def loaded_peft() -> Any:
 
 @cache
 def tell(peft: Any) -> None:
-    """Call everyone who waits for peft to be there; the first time only."""
+    """Call whoever waits for peft to be there; the first time only."""
     for listener in WHEN_ASKED:
-        listener(peft)
+        resolve_name(listener)(peft)
 
 
 @cache

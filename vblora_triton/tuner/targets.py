@@ -131,8 +131,8 @@ def resolve_targets(config: Any, model: nn.Module, defaults: dict[str, list[str]
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in defaults:
             raise ValueError(
-                f"`target_modules` is None, and there is no default for a model of type {model_type!r}; "
-                "give the names of the linear layers to adapt, or 'all-linear'."
+                "Please specify `target_modules` in `peft_config`: `target_modules` is None, and there is no default "
+                f"for a model of type {model_type!r}. Give the names of the linear layers to adapt, or 'all-linear'."
             )
         found = defaults[model_type]
         return found if isinstance(found, str) else set(found)
@@ -158,8 +158,8 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     asked = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     if matched:
         raise ValueError(
-            f"`target_modules` {asked} matches only modules that `exclude_modules` or `modules_to_save` "
-            f"takes away: {', '.join(matched)}; target others, or exclude fewer."
+            f"All modules were excluded: `target_modules` {asked} matches only {', '.join(matched)}, which "
+            "`exclude_modules` or `modules_to_save` takes away; target others, or exclude fewer."
         )
     where = (
         ""
@@ -171,6 +171,6 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     )
     endings = sorted({name.rpartition(".")[2] for name, module in modules.items() if linear_features(module)})
     raise ValueError(
-        f"`target_modules` {asked} matches no module{where}; the linear layers of this model are named "
-        f"{', '.join(endings) or '(there are none)'}."
+        f"Target modules {asked} not found in the base model{where}: `target_modules` matches no module. Its linear "
+        f"layers are named {', '.join(endings) or '(there are none)'}."
     )

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vblora_triton.tuner.config import TargetedConfig, check_bool, check_float, check_int
+from vblora_triton.tuner.config import TargetedConfig
+from vblora_triton.tuner.fields import check_bool, check_float, check_int
 from vblora_triton.tuner.method import FileForm, Method, Option, Part
 
 # The command's choice of a `vector_length`. A short one makes as many logits as a layer has weights.

@@ -144,7 +144,7 @@ class VBLoRAFiles(AdapterFiles):
 
     @classmethod
     def pack(cls, config: VBLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn an adapter's tensors into what its file holds: float32 at least, top-k only where the config says so.
+        """Turn an adapter's tensors into what its file holds: top-k weights in float32 where the config says so.
 
         Raises:
             ValueError: an adapter that was loaded from a top-k file is to be saved in full.
@@ -163,7 +163,7 @@ class VBLoRAFiles(AdapterFiles):
             elif _is_logits(key) and config.save_only_topk_weights:
                 packed[key + INDICES], packed[key + WEIGHTS] = encode_topk(tensor, config.topk)
             else:
-                packed[key] = at_least_float32(tensor) if key == BANK_KEY or _is_logits(key) else tensor
+                packed[key] = tensor
         return packed
 
     @classmethod

@@ -94,17 +94,18 @@ class VBLoRAModel(VBLoRAFiles, VBLoRAContents, BaseTuner):
             ValueError: it does not; the message names each layer and lengths that would do.
         """
         b = plan.config.vector_length
-        wrong, common = [], 0
+        wrong, common, phrase = [], 0, ""
         for name, sizes in plan.features().items():
             common = math.gcd(common, *sizes)
             for label, size in zip(("in_features", "out_features"), sizes, strict=True):
                 if size % b:
                     wrong.append(f"`{label}` of {name} is {size}")
+                    phrase = phrase or f"`{label}` {size} must be divisible by `vector_length` {b}"
         if wrong:
             divisors = (length for length in range(1, common + 1) if common % length == 0)
             near = sorted(sorted(divisors, key=lambda length: abs(math.log(length / b)))[:3], reverse=True)
             raise ValueError(
-                f"`vector_length` is {b}, but {', '.join(wrong)}; {' and '.join(map(str, near))} "
+                f"{phrase}: `vector_length` is {b}, but {', '.join(wrong)}; {' and '.join(map(str, near))} "
                 f"divide{'s' if len(near) == 1 else ''} every targeted layer. Give one of them, or take "
                 "layers out with `exclude_modules`."
             )

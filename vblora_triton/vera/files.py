@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vblora_triton.tuner.file_keys import AdapterFiles, Shapes, at_least_float32
+from vblora_triton.tuner.file_keys import AdapterFiles, Shapes
 from vblora_triton.tuner.injection import InjectionPlan
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.projection import draw_projections
@@ -32,7 +32,7 @@ class VeraFiles(AdapterFiles):
 
     @classmethod
     def pack(cls, config: VeraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn an adapter's tensors into what its file holds: float32 at least, projections where the config says so.
+        """Turn an adapter's tensors into what its file holds: projections only where the config says so.
 
         Raises:
             ValueError: projections that the key does not give are to be left out.
@@ -44,7 +44,7 @@ class VeraFiles(AdapterFiles):
                 "would be lost; set `save_projection` to True in its configuration."
             )
         kept = (key for key in tensors if config.save_projection or key not in PROJECTION_KEYS)
-        return {key: at_least_float32(tensors[key]) if _is_own(key) else tensors[key] for key in kept}
+        return {key: tensors[key] for key in kept}
 
     @classmethod
     def unpack(
@@ -90,10 +90,6 @@ class VeraFiles(AdapterFiles):
         for held, key in ((self.vera_A, A_KEY), (self.vera_B, B_KEY)):
             held.set(adapter_name, tensors[key].to(device), config.save_projection)
         return set(PROJECTION_KEYS)
-
-
-def _is_own(key: str) -> bool:
-    return key in PROJECTION_KEYS or key.endswith((".vera_lambda_b", ".vera_lambda_d"))
 
 
 def _is_longer(tensor: Tensor, shape: tuple[int, ...], dim: int) -> bool:

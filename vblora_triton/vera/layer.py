@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vblora_triton import ops
 from vblora_triton.ops import shared_input
 from vblora_triton.ops.dispatch import resolve
-from vblora_triton.tuner.config import check_int
+from vblora_triton.tuner.fields import check_int
 from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.linear import AdaptedLinear
 from vblora_triton.vera.config import VeraConfig

@@ -1,0 +1,5 @@
+"""VB-LoRA's model, where PEFT has it."""
+
+from vblora_triton.vblora.model import VBLoRAModel
+
+__all__ = ["VBLoRAModel"]
