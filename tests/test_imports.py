@@ -48,6 +48,7 @@ ORDER = [
     ["vblora_triton/peft_model"],
     ["vblora_triton/auto", "vblora_triton/finetune", "vblora_triton/integrations"],
     ["vblora_triton/exchange"],
+    ["vblora_triton/integrations/vllm"],
     ["vblora_triton/__init__"],
     ["vblora_triton/commands"],
     ["vblora_triton/cli"],
