@@ -43,8 +43,9 @@ def onednn() -> Callable[..., Tensor] | None:
     )
 
 
-# Below so many operations, or columns of the result, torch.mm is done sooner.
+# Below so many operations, rows, or columns of the result, torch.mm is done sooner.
 LEAST_OPERATIONS = 2**22
+LEAST_ROWS = 32
 LEAST_COLUMNS = 16
 # From so many rows on, a right operand with gaps is worth copying; as it is, oneDNN would take a thousand times longer.
 ROWS_TO_COPY = 128
@@ -277,7 +278,20 @@ def vera_linear(
     hands_on: object = None,
 ) -> Any:
     """`reference.vera_linear` without dropout; with HANDS_ON also an alias of x."""
-    return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B, hands_on)
+    if torch.is_grad_enabled():
+        return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B, hands_on)
+    return _scaled(x, base, lambda_b, lambda_d, A, B)[0]
+
+
+def _scaled(
+    x: Tensor, base: Tensor | FrozenLinear | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """base + lambda_b * (lambda_d * p) B^T, and p = x A^T, (M, r), in the widest dtype."""
+    dtype = widest(x, A, lambda_d)
+    wide_A, wide_B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
+    p = product(x.reshape(-1, x.shape[-1]).to(dtype), wide_A)
+    q = product(p * lambda_d, wide_B)
+    return _add(x, base, q.mul_(lambda_b) if q.dtype == widest(q, lambda_b) else lambda_b * q), p
 
 
 class _VeraLinear(torch.autograd.Function):
@@ -285,13 +299,9 @@ class _VeraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, base, lambda_b, lambda_d, A, B, hands_on):
-        dtype = widest(x, A, lambda_d)
-        wide_A, wide_B = A[:, : x.shape[-1]].to(dtype), B[: lambda_b.shape[0]].to(dtype)
-        p = product(x.reshape(-1, x.shape[-1]).to(dtype), wide_A)
+        y, p = _scaled(x, base, lambda_b, lambda_d, A, B)
         ctx.save_for_backward(p, lambda_b, lambda_d, A, B, _weight(base))
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        q = product(p * lambda_d, wide_B)
-        y = _add(x, base, q.mul_(lambda_b) if q.dtype == widest(q, lambda_b) else lambda_b * q)
         return _handed_on(ctx, y, x, hands_on)
 
     @staticmethod
@@ -338,6 +348,7 @@ def _suits_onednn(left: Tensor, right: Tensor) -> bool:
     (M, K), N = left.shape, right.shape[0]
     return (
         2 * M * N * K >= LEAST_OPERATIONS
+        and M >= LEAST_ROWS
         and N >= LEAST_COLUMNS
         and left.dtype == right.dtype == torch.float32
         and left.is_cpu
