@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--choose", action="store_true", help="try the learning rates on texts of their own, print, end"
     )
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, help="write the results here; those that are there already are kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -254,9 +254,17 @@ def main(arguments: list[str] | None = None) -> int:
     rows = torch.randperm(len(texts.labels), generator=torch.Generator().manual_seed(0))
     held_out, choosing, training = rows[:HELD_OUT], rows[HELD_OUT : HELD_OUT + CHOOSING], rows[HELD_OUT + CHOOSING :]
     runs = []
+    if options.json and options.json.exists() and not options.choose:
+        runs = json.loads(options.json.read_text(encoding="utf-8"))["runs"]
+    done = {(run["method"], run["library"], run["seed"]) for run in runs}
+    counts = {"held_out": len(held_out), "trained_on": min(len(training), options.steps * options.batch)}
+    what = {"model": MODEL_PACKAGE, "texts": TEXT_PACKAGE, **counts, "steps": options.steps, "batch": options.batch}
+    what["positive"] = round(float(texts.labels[held_out].float().mean()), 4)
     for seed in range(options.seeds):
         for contender in CONTENDERS:
             if options.choose and (contender.library == "vblora_triton" or contender.config is None):
+                continue
+            if (contender.method, contender.library, seed) in done:
                 continue
             for rate in contender.tried if options.choose else (contender.rate,):
                 model = train(contender, folder, texts, training, seed, options.steps, options.batch, rate)
@@ -266,13 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 kind = {"method": contender.method, "library": contender.library, "rate": rate}
                 runs.append({**kind, "seed": seed, "accuracy": found, **sizes(contender, model)})
-    if options.json and not options.choose:
-        counts = {"held_out": len(held_out), "trained_on": min(len(training), options.steps * options.batch)}
-        positive = float(texts.labels[held_out].float().mean())
-        what = {"model": MODEL_PACKAGE, "texts": TEXT_PACKAGE, **counts, "positive": round(positive, 4)}
-        settings = {"steps": options.steps, "batch": options.batch}
-        content = {"quality": what | settings, "environment": environment(), "runs": runs}
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            # After each, so that a run that is stopped goes on where it was.
+            if options.json and not options.choose:
+                content = {"quality": what, "environment": environment(), "runs": runs}
+                options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,13 +1,17 @@
 """Put the measured tables into README.md: `make report`; `--check` says whether they are up to date.
 
-Between the markers stands what bench/results/*.json of runs on a GPU hold, and nothing else.
+Between the markers stands what bench/results/*.json of runs on a GPU hold, and in a second place what quality.json
+holds, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from bench.records import Record, load
@@ -16,6 +20,7 @@ from bench.table import by_case, number
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+QUALITY, QUALITY_END = "<!-- quality: begin -->", "<!-- quality: end -->"
 # README shows these; the files have the rest.
 # "all" is a case that failed as a whole.
 SHOWN = ("all", "base", "ours", "ours_graph", "ours_compiled", "peft", "peft_compiled", "peft_patched", "lora_r32")
@@ -29,8 +34,6 @@ NOTHING = (
 
 def files(folder: Path) -> list[tuple[str, dict[str, Any], list[Record]]]:
     """(name, header, records) of every result of the benchmark that was measured on a GPU."""
-    import json
-
     found = []
     for path in sorted(folder.glob("*.json")):
         # The folder also holds reports of other shapes.
@@ -77,16 +80,45 @@ def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
     return "\n\n".join([*blocks, *pictures])
 
 
-def updated(text: str, rendered: str) -> str:
+def render_quality(path: Path) -> str:
+    """The table of what methods learned, from the file that bench.quality wrote."""
+    if not path.is_file():
+        return "Not measured yet."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    what, where, runs = content["quality"], content["environment"], content["runs"]
+    # A seed that some have not run yet says nothing about the others.
+    kinds = {(run["method"], run["library"]) for run in runs}
+    whole = {seed for seed, n in Counter(run["seed"] for run in runs).items() if n == len(kinds)}
+    runs = [run for run in runs if run["seed"] in whole]
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        rows.setdefault((run["method"], run["library"]), []).append(run)
+    names = {"peft": "PEFT", "vblora_triton": "this package", "torch": ""}
+    lines = [
+        f"Accuracy on {what['held_out']:,} held-out texts ({100 * what['positive']:.0f} % are positive), mean over "
+        f"{len(whole)} seeds, after {what['steps']} steps of {what['batch']} texts: "
+        f"`{what['model']}` on the movie reviews of `{what['texts']}`; torch {where['torch']}, peft {where['peft']}.",
+        "",
+        "| method | by | accuracy | lowest to highest | trained beside the head | file, bytes |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for (method, library), group in rows.items():
+        found = [run["accuracy"] for run in group]
+        spread = f"{mean(found):.3f} | {min(found):.3f} to {max(found):.3f}"
+        lines.append(f"| {method} | {names[library]} | {spread} | {group[0]['trained']:,} | {group[0]['bytes']:,} |")
+    return "\n".join(lines)
+
+
+def updated(text: str, rendered: str, begin: str = BEGIN, end: str = END) -> str:
     """The README with what is between the markers replaced.
 
     Raises:
         ValueError: it has not exactly one pair of markers.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must have one line {BEGIN!r} and after it one line {END!r}.")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{rendered}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md must have one line {begin!r} and after it one line {end!r}.")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{rendered}\n{end}{rest.partition(end)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,6 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     text = options.readme.read_text(encoding="utf-8")
     new = updated(text, render(options.results, options.readme.resolve().parent))
+    quality = options.results / "quality.json"
+    if quality.is_file() or QUALITY in text:
+        new = updated(new, render_quality(quality), QUALITY, QUALITY_END)
     if new == text:
         return 0
     if options.check:

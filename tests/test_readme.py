@@ -1,25 +1,103 @@
 """What README.md shows works."""
 
 import json
+import math
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
+
+import vblora_triton
+from vblora_triton import cli
+from vblora_triton.methods import tuner_class
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatch):
+PAGES = ["train", "merge", "share", "many-adapters", "trouble"]
+
+
+def save_stand_in(folder):
+    """Write a small model in the place of the one that the pages download, and return it."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=64, hidden_size=256, ffn_dim=512, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=256
     )
     original = AutoModelForCausalLM.from_config(config)
-    original.save_pretrained(tmp_path / "facebook" / "opt-125m")
-    # In place of the download.
+    original.save_pretrained(folder / "facebook" / "opt-125m")
+    return original
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of vblora-triton in a page, but for those that only ask for help."""
+    lines = re.findall(r"^(?:vblora-triton|torchrun .* -m vblora_triton) (.*)", text, re.MULTILINE)
+    return [shlex.split(line) for line in lines if "--help" not in line and "..." not in line]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
+def test_commands_that_are_shown_have_options_that_there_are(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for arguments in commands(text):
+        cli._parser().parse_args(arguments)
+    assert commands(text) or page not in ("README.md", "docs/train.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    save_stand_in(tmp_path)
     monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert blocks or page == "trouble"
+    if page == "merge":
+        plain = AutoModelForCausalLM.from_pretrained("merged")
+        tokens = torch.arange(8)[None]
+        torch.testing.assert_close(plain(tokens).logits, names["model"](tokens).logits)
+    if page == "many-adapters":
+        assert names["model"].active_adapters == ["german"]
+
+
+def test_links_of_the_readme_and_the_pages_lead_somewhere():
+    for path in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_settings_have_the_counts_of_the_adapters_themselves():
+    """Counted by the methods on layers without values."""
+    rows = re.findall(r"^\| [\d.]+ [MB] \((\d+) wide, (\d+) blocks(?:, v to (\d+))?\) (.*)$", README, re.MULTILINE)
+    assert len(rows) == 3
+    for wide, blocks, narrow, rest in rows:
+        with torch.device("meta"):
+            sizes = {"q_proj": int(wide), "v_proj": int(narrow or wide)}
+            model = nn.ModuleList(
+                nn.ModuleDict({name: nn.Linear(int(wide), out) for name, out in sizes.items()})
+                for _ in range(int(blocks))
+            )
+        vblora, count, vera, small, lora = [cell.strip(" `") for cell in rest.strip("| ").split("|")]
+        for kind, settings, wanted in (("VBLoRAConfig", vblora, count), ("VeraConfig", vera, small)):
+            config = eval(f"{kind}({settings}, target_modules=['q_proj', 'v_proj'])", vars(vblora_triton))
+            tuner = tuner_class(config)
+            shapes = tuner.file_shapes(tuner.plan(config, model))
+            trained = sum(math.prod(shape) for key, shape in shapes.items() if not key.endswith(("vera_A", "vera_B")))
+            assert f"{trained:,}" == wanted
+        assert f"{sum(4 * sum(module.weight.shape) for block in model for module in block.values()):,}" == lora
+
+
+def test_python_of_the_readme_runs_and_merges_what_it_saved(tmp_path, monkeypatch):
+    original = save_stand_in(tmp_path)
+    # In place of the download, and of `make demo`.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("def main(): return 1\n" * 20)
+    few = ["--pretraining-steps", "1", "--steps", "1", "--batch-size", "1", "--seq-len", "32", "--data", "text"]
+    assert cli.main(["finetune", "--output", "build/demo", *few]) == 0
     names = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)

@@ -98,6 +98,30 @@ class TestReport:
         assert self.run(readme) == 0
         assert readme.read_text() == f"before\n{report.BEGIN}\n{report.NOTHING}\n{report.END}\nafter\n"
 
+    def test_a_table_of_quality_has_mean_and_spread_of_each_method(self, readme):
+        runs = [
+            {
+                "method": "VeRA",
+                "library": "peft",
+                "rate": 1e-2,
+                "seed": seed,
+                "accuracy": found,
+                "trained": 1234,
+                "bytes": 56789,
+            }
+            for seed, found in enumerate((0.75, 0.8, 0.82))
+        ]
+        quality = {"model": "m==1", "texts": "t==2", "held_out": 1000, "steps": 8, "batch": 4, "positive": 0.5}
+        content = {"quality": quality, "environment": HEADER, "runs": runs}
+        (readme.parent / "results" / "quality.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="quality: begin"):
+            self.run(readme)
+        readme.write_text(f"{readme.read_text()}\n{report.QUALITY}\n{report.QUALITY_END}\n")
+        assert self.run(readme) == 0
+        assert "| VeRA | PEFT | 0.790 | 0.750 to 0.820 | 1,234 | 56,789 |" in readme.read_text()
+        assert "mean over 3 seeds, after 8 steps of 4 texts: `m==1`" in readme.read_text()
+        assert self.run(readme, "--check") == 0
+
     def test_check_fails_until_the_report_is_made_and_changes_nothing(self, readme, capsys):
         Results(HEADER, readme.parent / "results" / "block.json").add(some_records())
         before = readme.read_text()
