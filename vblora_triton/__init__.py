@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from vblora_triton.checkpoint import load_peft_weights
+    from vblora_triton.exchange.checking import check_kernels
     from vblora_triton.exchange.convert import convert_to_lora
     from vblora_triton.exchange.difference import diff_adapters
     from vblora_triton.exchange.inspection import inspect_adapter
@@ -89,6 +90,7 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "cast_mixed_precision_params",
+    "check_kernels",
     "convert_to_lora",
     "diff_adapters",
     "get_base_model_state_dict",
@@ -126,6 +128,7 @@ _HOMES = {
     "inject_adapter_in_model": "injected",
     "load_peft_weights": "checkpoint",
     "use_backend": "ops.dispatch",
+    "check_kernels": "exchange.checking",
     "convert_to_lora": "exchange.convert",
     "diff_adapters": "exchange.difference",
     "inspect_adapter": "exchange.inspection",

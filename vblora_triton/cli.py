@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from vblora_triton import __version__
-from vblora_triton.commands import convert, diff, finetune, inspect, merge, pack
+from vblora_triton.commands import check, convert, diff, finetune, inspect, merge, pack
 from vblora_triton.commands.parsing import Parser
 from vblora_triton.errors import InputError
 from vblora_triton.hub import AdapterFileError
 
 # In the order of --help.
-_COMMANDS = (finetune, inspect, convert, merge, pack, diff)
+_COMMANDS = (finetune, inspect, convert, merge, pack, diff, check)
 
 
 def _parser() -> Parser:
