@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,6 +263,17 @@ def fit_tensors(
     if problems:
         raise AdapterFileError(f"{source} does not fit the model and {CONFIG_NAME}: {_some(problems, '; ')}.")
     return tensors, inference_only
+
+
+@contextmanager
+def blaming(folder: Path) -> Iterator[None]:
+    """Let what is wrong with a configuration be said with the name of its file, as an AdapterFileError."""
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{folder / CONFIG_NAME} does not fit the model: {error}") from error
 
 
 def refill_config(config: Any, stored: Any) -> Any:

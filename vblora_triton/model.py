@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +18,9 @@ from vblora_triton.integrations.transformers import accept_in_trainer
 from vblora_triton.methods import own_config, tuner_class
 from vblora_triton.preparation import require_input_grads
 from vblora_triton.tuner.config import PeftConfig, TaskType
+from vblora_triton.tuner.injection import check_plain
 from vblora_triton.tuner.seen import AdaptedModel
-from vblora_triton.tuner.state import as_names
+from vblora_triton.tuner.state import as_names, check_adapter_name
 from vblora_triton.tuner.undo import undone_on_failure
 
 # The classes of the tasks; task_models.py puts them in.
@@ -84,7 +85,12 @@ class PeftModel(AdaptedModel, nn.Module):
 
     @property
     def active_peft_config(self) -> Any:
-        """The configuration of the first active adapter."""
+        """The configuration of the first active adapter; ValueError where there is none."""
+        if not self.active_adapters:
+            raise ValueError(
+                "There is no active adapter: it was deleted, or taken off by unload() or merge_and_unload(). Put one "
+                "on with add_adapter() or load_adapter(), and call set_adapter()."
+            )
         return self.peft_config[self.active_adapters[0]]
 
     @property
@@ -214,13 +220,15 @@ class PeftModel(AdaptedModel, nn.Module):
             ValueError: `is_trainable`, and the file serves inference only.
             TypeError: an unknown option of a download.
         """
+        check_adapter_name(adapter_name)
         tuner, download = self.base_model, hub.download_options(options)
         folder = hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **download)
         key_mapping = _key_mapping(tuner.model) if key_mapping is None else key_mapping
         own = self.peft_config.get(adapter_name)
         config, file = checkpoint.read_files(folder, missing=own)
         if own is None:
-            expected = tuner.file_shapes(tuner.plan(config, tuner.model, self.task_heads))
+            with checkpoint.blaming(folder):
+                expected = tuner.file_shapes(tuner.plan(config, tuner.model, self.task_heads))
         else:
             tuner.check_unmerged(adapter_name)
             config = checkpoint.refill_config(own, config)
@@ -330,11 +338,15 @@ class PeftModel(AdaptedModel, nn.Module):
             ValueError: `is_trainable`, and the file serves inference only; or the model has adapters already.
             TypeError: an unknown option of a download.
         """
+        check_plain(model)
+        check_adapter_name(adapter_name)
         folder = hub.local_folder(model_id, WEIGHT_NAMES, subfolder, **hub.download_options(options))
         key_mapping = _key_mapping(model) if key_mapping is None else key_mapping
-        config, file = checkpoint.read_files(folder, None if config is None else own_config(config))
+        given = config is not None
+        config, file = checkpoint.read_files(folder, own_config(config) if given else None)
         method, kind = tuner_class(config), cls.class_for(config)
-        expected = method.file_shapes(method.plan(config, model, kind.task_heads))
+        with nullcontext() if given else checkpoint.blaming(folder):
+            expected = method.file_shapes(method.plan(config, model, kind.task_heads))
         tensors = checkpoint.fitting(method, config, expected, file, is_trainable, key_mapping)
         with undone_on_failure(model, config):
             config.inference_mode = not is_trainable

@@ -50,10 +50,10 @@ def parameter_groups(
     members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Whole components of the dotted name: an adapter may be called anything, also "vblora_logits_A2".
-            own = [group_of[component] for component in name.split(".") if component in group_of]
-            other = "other" if parameter.dim() > 1 else "other_no_decay"
-            members[own[0] if own else other].append(parameter)
+            # An adapter's parameter ends in its attribute and the adapter's name, which may be that of an attribute.
+            *_, whole, attribute, _ = ("", "", *name.split("."))
+            own = group_of.get(attribute) if whole != "modules_to_save" else None
+            members[own or ("other" if parameter.dim() > 1 else "other_no_decay")].append(parameter)
     if not any(members.values()):
         raise ValueError(
             "`model` has no trainable parameter: its adapters are frozen or missing. Load them with "

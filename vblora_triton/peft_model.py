@@ -11,9 +11,9 @@ from vblora_triton.methods import own_config, tuner_class
 from vblora_triton.task_models import TASK_CLASSES, PeftModel
 from vblora_triton.tuner.config import PeftConfig
 from vblora_triton.tuner.injection import has_adapters
-from vblora_triton.tuner.layer import check_adapter_name
 from vblora_triton.tuner.merging import strip_model
 from vblora_triton.tuner.model import BaseTuner
+from vblora_triton.tuner.state import check_adapter_name
 
 __all__ = ["TASK_CLASSES", "PeftModel", "get_peft_model"]
 

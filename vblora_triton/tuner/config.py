@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from vblora_triton.hub import CONFIG_NAME, AdapterFileError, local_folder
-from vblora_triton.tuner.fields import check_choice, check_layers, name_list, name_set
+from vblora_triton.tuner.fields import check_bool, check_choice, check_layers, name_list, name_set
 from vblora_triton.tuner.method import Method
 from vblora_triton.tuner.seen import SeenAsPefts, loaded_peft, tell
 
@@ -168,6 +168,17 @@ class PeftConfig(SeenAsPefts):
 
     def check(self) -> None:
         """Check every field; called when the configuration is made, and again before it is put on a model."""
+        check_bool("inference_mode", self.inference_mode)
+        for name, kinds in (
+            ("auto_mapping", Mapping),
+            ("peft_version", str),
+            ("base_model_name_or_path", (str, os.PathLike)),
+            ("revision", str),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):
+                wanted = "a dictionary" if kinds is Mapping else "a string"
+                raise TypeError(f"`{name}` is {value!r} ({type(value).__name__}); give {wanted}, or None.")
 
     def advise(self) -> None:
         """Warn of fields that can be, but have a catch; called when somebody makes the configuration."""
@@ -345,6 +356,8 @@ class TargetedConfig(PeftConfig):
 
     def check(self: Any) -> None:
         """Check these fields, and turn lists of names into sets."""
+        super().check()
+        check_bool("fan_in_fan_out", self.fan_in_fan_out)
         check_choice("bias", self.bias, ("none", "all", f"{str(self.type_name).lower()}_only"))
         for name, names in (
             ("target_modules", name_set),

@@ -42,7 +42,7 @@ def name_set(name: str, value: Any) -> set[str] | str | None:
     if isinstance(value, str):
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"`{name}` is {value!r}, which is no regular expression ({error}); give a list of "
                 "module names, or an expression that matches whole names."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +71,23 @@ class AdapterFiles:
         for name, module in plan.saved.items():
             shapes |= {f"base_model.model.{name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
         return shapes | {f"base_model.model.{name}": shape for name, shape in plan.biases.items()}
+
+    def check_room(self: Any, plan: InjectionPlan) -> None:
+        """Check that there is memory for a planned adapter, where its model begins.
+
+        Raises:
+            ValueError: there is not; the message says how many bytes are wanted, and how many are there.
+        """
+        wanted = 4 * sum(math.prod(shape) for shape in self.adapter_shapes(plan).values())
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        if "meta" in (device.type, torch.get_default_device().type):
+            return
+        there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if wanted > there:
+            raise ValueError(
+                f"An adapter of these sizes takes {wanted:,} bytes of memory, and there are {there:,} on "
+                f"{device.type}; give smaller ones, or fewer `target_modules`."
+            )
 
     def adapter_tensors(self: Any, adapter_name: str) -> dict[str, Tensor]:
         """Return file key -> live tensor of everything that belongs to an adapter."""

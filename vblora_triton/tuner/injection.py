@@ -17,6 +17,7 @@ from vblora_triton.tuner.targets import (
     never_called,
     original_modules,
     resolve_targets,
+    warn_of_idle_names,
 )
 
 
@@ -74,6 +75,7 @@ def make_plan(
     settled.target_modules = resolve_targets(settled, model, defaults)
     settled.check()
     targets = find_targets(settled, model)
+    warn_of_idle_names(config.target_modules, model, defaults)
     _check_kinds(targets, modules)
     layouts = {isinstance(module, nn.Linear) for module in targets.values()}
     if len(layouts) == 1:
@@ -142,7 +144,8 @@ def walk_wrappers(model: nn.Module, layer_class: Any) -> Iterator[tuple[str, Any
 def check_plain(model: Any) -> None:
     """Raise TypeError unless `model` is a module, ValueError if it carries adapters."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` is of type {type(model).__name__}; give a torch.nn.Module.")
+        hint = " AutoPeftModel.from_pretrained() loads the base model too." if isinstance(model, str) else ""
+        raise TypeError(f"`model` is of type {type(model).__name__}; give a torch.nn.Module.{hint}")
     if has_adapters(model):
         raise ValueError(
             "`model` carries adapters already; add another with add_adapter() of the model that put them on, or take "

@@ -16,27 +16,6 @@ from vblora_triton.tuner.state import AdapterState, as_names
 from vblora_triton.tuner.undo import copy_all
 
 
-def check_adapter_name(name: Any) -> None:
-    """Check that an adapter can have this name.
-
-    Raises:
-        TypeError: no string.
-        ValueError: empty, a path, or a name that a container of torch cannot hold.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"`adapter_name` is {name!r}; give a string.")
-    if not name or any(character in name for character in "/\\.\0"):
-        raise ValueError(
-            f"`adapter_name` is {name!r}; it names a folder and a parameter: give at least one character "
-            "and neither a slash, nor a backslash, nor a dot."
-        )
-    if any(hasattr(container, name) for container in (nn.ParameterDict(), nn.ModuleDict())):
-        raise ValueError(
-            f"`adapter_name` is {name!r}, which torch's containers use for an attribute; give another, "
-            f"for instance {name + '_adapter'!r}."
-        )
-
-
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """Return (in_features, out_features) of a linear layer, or None for a module that is none."""
     if isinstance(module, nn.Linear):

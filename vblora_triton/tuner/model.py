@@ -14,9 +14,9 @@ from vblora_triton.tuner.biases import TrainedBiases
 from vblora_triton.tuner.contents import AdapterContents
 from vblora_triton.tuner.file_keys import AdapterFiles
 from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan, walk_wrappers
-from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper, check_adapter_name
+from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
 from vblora_triton.tuner.merging import Merging, unmerge_layers
-from vblora_triton.tuner.state import as_names, hold, release
+from vblora_triton.tuner.state import as_names, check_adapter_name, hold, release
 from vblora_triton.tuner.undo import undone_on_failure
 
 
@@ -146,6 +146,8 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
                 f"`bias` is {plan.config.bias!r}, but adapter {biased[0]!r} trains biases of the same model "
                 "already; give this adapter bias='none'."
             )
+        if not low_cpu_mem_usage:
+            self.check_room(plan)
         before = [] if self.peft_config else list(self.model.parameters())
         with undone_on_failure(self, peft_config):
             self._inject(plan, adapter_name, low_cpu_mem_usage)
@@ -313,6 +315,8 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         return walk_wrappers(self.model, self.tuner_layer_cls)
 
     def _check_known(self, *adapter_names: str, phrase: str = "Adapter {} does not exist") -> None:
+        if not all(isinstance(name, str) for name in adapter_names):
+            raise TypeError(f"`adapter_name` is {adapter_names[0]!r}; give a string.")
         unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
             there = ", ".join(map(repr, self.peft_config)) or "none"
@@ -327,8 +331,19 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        with self.running():
+        if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
+        try:
+            with self.running():
+                return self.model(*args, **kwargs)
+        except Exception as error:
+            empty = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor) and not part.numel()]
+            if not empty:
+                raise
+            raise ValueError(
+                f"The batch is empty: an input has the shape {tuple(empty[0].shape)}, which "
+                f"{type(self.model).__name__} cannot take ({type(error).__name__}: {error}); leave such batches out."
+            ) from error
 
     def running(self) -> AbstractContextManager[Any]:
         """Return a context for a call of the model, in which layers that read one input share."""

@@ -5,12 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+# Of the name of a file, on nearly all file systems.
+LONGEST_NAME = 255
 
 
 def as_names(adapter_names: str | Iterable[str]) -> list[str]:
-    """Return the names of adapters as a list, each once, whether one was given or several."""
-    return [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+    """Return the names of adapters as a list, each once, whether one was given or several.
+
+    Raises:
+        TypeError: neither a string nor several.
+    """
+    if isinstance(adapter_names, str):
+        return [adapter_names]
+    names = list(adapter_names) if isinstance(adapter_names, Iterable) else [adapter_names]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`adapter_name` is {adapter_names!r}; give a string, or a list of them.")
+    return list(dict.fromkeys(names))
+
+
+def check_adapter_name(name: Any) -> None:
+    """Check that an adapter can have this name.
+
+    Raises:
+        TypeError: no string.
+        ValueError: empty, a path, too long for a folder, or a name that a container of torch cannot hold.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"`adapter_name` is {name!r}; give a string.")
+    if not name or any(character in name for character in "/\\.\0"):
+        raise ValueError(
+            f"`adapter_name` is {name!r}; it names a folder and a parameter: give at least one character "
+            "and neither a slash, nor a backslash, nor a dot."
+        )
+    size = len(name.encode("utf-8", errors="replace"))
+    if size > LONGEST_NAME:
+        raise ValueError(
+            f"`adapter_name` has {size} bytes; it names a folder when it is saved: give at most {LONGEST_NAME}."
+        )
+    if name.encode("utf-8", errors="replace").decode() != name:
+        raise ValueError(f"`adapter_name` is {name!r}, which has characters that no file system takes; leave them out.")
+    if any(hasattr(container, name) for container in (nn.ParameterDict(), nn.ModuleDict())):
+        raise ValueError(
+            f"`adapter_name` is {name!r}, which torch's containers use for an attribute; give another, "
+            f"for instance {name + '_adapter'!r}."
+        )
 
 
 def hold(parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:

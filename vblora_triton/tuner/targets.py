@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import regex
 from torch import nn
 
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper, linear_features
@@ -62,12 +63,33 @@ def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+# A usual expression takes microseconds, and one that goes astray years.
+SECONDS = 1.0
+
+
+def matches(expression: str, key: str) -> Any:
+    """Return the match of an expression with the whole of a module's name, or None.
+
+    Raises:
+        ValueError: it cannot be matched, or not in time: an expression comes with the files of whoever wrote them.
+    """
+    try:
+        return regex.fullmatch(expression, key, timeout=SECONDS)
+    except TimeoutError:
+        raise ValueError(
+            f"The regular expression {expression!r} takes more than {SECONDS:g} s to match the one name {key!r}; write "
+            "it without nested repetitions, or give a list of names."
+        ) from None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{expression!r} is no regular expression ({error}); give a list of names.") from error
+
+
 def name_matches(names: Any, key: str) -> bool:
     """Say whether `key` is meant by `names`: a list of whole names or ".suffix"es, or an expression for all of it."""
     if not names:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, key) is not None
+        return matches(names, key) is not None
     return key in names or any(key.endswith(f".{name}") for name in names)
 
 
@@ -93,9 +115,9 @@ def is_targeted(config: Any, key: str) -> bool:
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # The first number counts: the experts of a layer are numbered as well.
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", key)
+        match = matches(rf"(?:|.*?\.)(?:{pattern})\.(?P<number>\d+)\..*?", key)
         if match is not None:
-            return int(match[1]) in ([numbers] if isinstance(numbers, int) else numbers)
+            return int(match["number"]) in ([numbers] if isinstance(numbers, int) else numbers)
     return False
 
 
@@ -174,3 +196,22 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
         f"Target modules {asked} not found in the base model{where}: `target_modules` matches no module. Its linear "
         f"layers are named {', '.join(endings) or '(there are none)'}."
     )
+
+
+def warn_of_idle_names(names: Any, model: nn.Module, defaults: dict[str, list[str] | str]) -> None:
+    """Warn of names, in a list beside others, that match no module: most likely they are mistyped.
+
+    Args:
+        defaults: `model_type` -> the usual targets. Those of another architecture are no slip, in a list for several.
+    """
+    usual = {name for targets in defaults.values() if not isinstance(targets, str) for name in targets}
+    keys = [key for key, _ in model.named_modules(remove_duplicate=False)]
+    listed = sorted(set(names) - usual) if isinstance(names, (list, set, tuple)) else []
+    idle = [name for name in listed if not any(name_matches([name], key) for key in keys)]
+    if idle:
+        linear = {key.rpartition(".")[2] for key, module in original_modules(model) if linear_features(module)}
+        warnings.warn(
+            f"`target_modules` names {', '.join(idle)}, which this model does not have, beside others that it has; its "
+            f"linear layers are named {', '.join(sorted(linear))}.",
+            stacklevel=2,
+        )

@@ -90,7 +90,7 @@ class VeraConfig(TargetedConfig):
         check_int("projection_prng_key", self.projection_prng_key, minimum=0)
         if self.projection_prng_key >= 2**64:
             raise ValueError(f"`projection_prng_key` is {self.projection_prng_key}; give an int below 2**64.")
-        for name in ("save_projection", "fan_in_fan_out", "init_weights"):
+        for name in ("save_projection", "init_weights"):
             check_bool(name, getattr(self, name))
         check_float("vera_dropout", self.vera_dropout, 0.0, 1.0, "a probability from 0 to 1")
         check_float("d_initial", self.d_initial, -math.inf, math.inf, "a finite number")
