@@ -85,6 +85,7 @@ def bad_cases():
         "tensors-broken": (["--model", "cut"], r"--model cut cannot be loaded: "),
         "tokenizer-broken": (["--model", "dumb"], r"--model dumb has no usable tokenizer: "),
         "json-lines": (["--data", "bad.jsonl"], r"--data bad\.jsonl, line 2: no JSON"),
+        "json": (["--data", "range.json"], r"--data range\.json ends in \.json; give \.jsonl"),
         "chat-without-template": (["--data", "chat.jsonl"], r"tokenizer of .* has no chat template.*give `prompt`"),
         "eval-data-missing": (["--eval-data", "nowhere.txt"], r"--eval-data nowhere\.txt does not exist; give"),
         "eval-data-short": (["--eval-data", "empty.jsonl"], r"--eval-data empty\.jsonl is empty"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.finetune.case import ADAPTER, RATES, TINY, B, H, K, R, comparable, finetune, save_model, save_texts
+from vblora_triton.finetune import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,5 +55,16 @@ def test_processes_that_cannot_work_together_are_refused_by_the_first_one(
     assert finetune(*given, "--output", tmp_path) == 2
     assert message in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    assert finetune(*given, "--output", tmp_path) == 2
+    with pytest.raises(SystemExit, match="2"):
+        finetune(*given, "--output", tmp_path)
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_goes_wrong_in_another_process_alone_is_said_by_that_one(given, tmp_path, monkeypatch, capsys):
+    def fail(plan):
+        raise InputError("no memory")
+
+    monkeypatch.setattr("vblora_triton.finetune.run._run", fail)
+    monkeypatch.setenv("RANK", "1")
+    assert finetune(*given, "--output", tmp_path) == 2
+    assert capsys.readouterr().err == "vblora-triton finetune: error: process 1: no memory\n"

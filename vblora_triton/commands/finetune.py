@@ -190,7 +190,7 @@ def run(options: dict[str, Any]) -> int:
     for name in ("data", "eval_data", "report_to"):
         options[name] = tuple(options[name])
     # Not at the top: --help and a mistyped option need not wait for transformers.
-    from vblora_triton.finetune import InputError, Options, finetune
+    from vblora_triton.finetune import Options, finetune
     from vblora_triton.finetune.checkpoints import newest
     from vblora_triton.finetune.output import stamp
     from vblora_triton.finetune.processes import is_main, terminated_like_interrupted
@@ -199,10 +199,6 @@ def run(options: dict[str, Any]) -> int:
     try:
         with terminated_like_interrupted():
             finetune(Options(**options))
-    except InputError:
-        if is_main():
-            raise
-        return 2
     except KeyboardInterrupt:
         written = "nothing was written" if stamp(options["output"]) == before else "all results had been written"
         checkpoint = newest(Path(options["output"]).expanduser())

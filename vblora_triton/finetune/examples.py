@@ -41,6 +41,10 @@ def read_data(paths: Sequence[str], option: str = "--data") -> tuple[list[str], 
     records: list[dict[str, Any]] = []
     for path in paths:
         content = read_text(path, option)
+        if path.lower().endswith(".json"):
+            raise InputError(
+                f"{option} {path} ends in .json; give .jsonl, an object a line, or .txt to learn its text as it is."
+            )
         if not is_records(path):
             texts.append(content)
             continue

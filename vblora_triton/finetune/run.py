@@ -20,7 +20,7 @@ from vblora_triton.finetune import base as bases
 from vblora_triton.finetune import output as outputs
 from vblora_triton.finetune import report as reports
 from vblora_triton.finetune.options import Options, Plan, check
-from vblora_triton.finetune.processes import from_main, is_main, leave
+from vblora_triton.finetune.processes import from_main, is_main, leave, rank
 from vblora_triton.finetune.training import (
     Checkpoints,
     held_out_loss,
@@ -65,10 +65,20 @@ def finetune(options: Options) -> None:
         InputError: something asked for cannot be done. Nothing has been written but checkpoints that were asked for.
     """
     with bases.quiet():
-        plan = check(options)
+        try:
+            plan = check(options)
+        except InputError:
+            if is_main():
+                raise
+            # The first process finds the same, and says it.
+            raise SystemExit(2) from None
     try:
         with use_backend(options.backend):
             report, source = _run(plan)
+    except InputError as error:
+        if is_main():
+            raise
+        raise InputError(f"process {rank()}: {error}") from error
     finally:
         leave()
     if report is not None:
