@@ -14,7 +14,8 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 # Where results of `make gpu` go.
 OUT ?= build/gpu
 ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_models.py tests/test_checkpoint.py \
-	tests/test_auto.py tests/test_hub.py tests/test_card.py tests/test_status.py tests/test_optim.py tests/tuner tests/vblora \
+	tests/test_auto.py tests/test_injected.py tests/test_hub.py tests/test_card.py tests/test_status.py \
+	tests/test_optim.py tests/tuner tests/vblora \
 	tests/vera tests/documented tests/integrations tests/exchange
 
 .PHONY: help demo test test-without-peft check fix bench report kernels-report forecast host peft-suite package gpu clean
@@ -28,7 +29,7 @@ help:
 	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
 	@echo "make forecast   forecast the time of every kernel on a Hopper GPU, without one (FORECAST=options)"
 	@echo "make host    time of Python per adapted linear, the driver left out, beside PEFT's"
-	@echo "make peft-suite   PEFT's own tests of VB-LoRA and VeRA, with its layers and patched; fetches them with pip"
+	@echo "make peft-suite   PEFT's own tests of VB-LoRA and VeRA, patched too, or ours (OBJECTS=ours); fetches them"
 	@echo "make package   build wheel and sdist, and try each in a fresh virtual environment"
 	@echo "make gpu     what only a GPU can show: the suite natively, compute-sanitizer, times (PY=python3 OUT=folder)"
 	@echo "make fix     let ruff format and repair what it can"
@@ -79,8 +80,9 @@ host: $(VENV)/.installed
 	$(PY) -m tools.forecast.host --json bench/results/host.json
 
 # Goes on where an earlier run stopped: `make clean`, or --fresh, forgets it.
+OBJECTS ?= patched
 peft-suite: $(VENV)/.installed
-	$(PY) -m tools.peft_suite --out build/peft-suite
+	$(PY) -m tools.peft_suite --out build/peft-suite --objects $(OBJECTS)
 
 package: $(VENV)/.installed
 	$(PY) -m tools.package

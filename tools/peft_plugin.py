@@ -53,19 +53,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def put_ours_in_place() -> None:
     """Put our classes and functions under PEFT's names, wherever PEFT itself has them, before a test imports them.
 
-    What makes a model stays PEFT's where the configuration is one of another method, which some tests compare with.
+    But for those functions of PEFT's that give to ours what is ours, and serve the methods that tests compare with too.
     """
     import peft
 
     import vblora_triton
+    from vblora_triton.integrations.in_peft import ANSWERS
+    from vblora_triton.tuner import seen
 
+    seen.tell(peft)
     ours = {name: getattr(vblora_triton, name) for name in vblora_triton.__all__ if hasattr(peft, name)}
     # Enums that know other methods too.
-    ours = {name: value for name, value in ours.items() if name not in ("PeftType", "TaskType")}
+    kept = {"PeftType", "TaskType", *(answer.__name__ for answer, _ in ANSWERS)}
+    ours = {name: value for name, value in ours.items() if name not in kept}
     for name in [name for name in ours if name.startswith("PEFT_TYPE_TO_")]:
         ours[name] = {**getattr(peft, name), **ours[name]}
-    for name, at in {"get_peft_model": 1, "inject_adapter_in_model": 0}.items():
-        ours[name] = _by_configuration(at, ours[name], getattr(peft, name))
     for module in [module for name, module in sys.modules.items() if f"{name}.".startswith("peft.")]:
         for name in ours.keys() & vars(module).keys():
             setattr(module, name, ours[name])
@@ -74,17 +76,6 @@ def put_ours_in_place() -> None:
             home = importlib.import_module(f"vblora_triton.tuners.{method}.layer")
             setattr(sys.modules[package], layer, getattr(home, layer))
             sys.modules[package].Linear = home.Linear
-
-
-def _by_configuration(at: int, ours: Any, theirs: Any) -> Any:
-    from vblora_triton.tuner.config import PeftConfig
-
-    @functools.wraps(theirs)
-    def either(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("peft_config", args[at] if at < len(args) else None)
-        return (ours if issubclass(type(config), PeftConfig) else theirs)(*args, **kwargs)
-
-    return either
 
 
 def _refuse_requests() -> None:

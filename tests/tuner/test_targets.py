@@ -53,8 +53,8 @@ def test_all_linear_is_everything_but_the_head(word, make, count, head):
     assert head not in names
 
 
-def test_all_linear_leaves_a_classifiers_head_without_being_told_the_task():
-    names = targeted(tiny_bert(), target_modules="all-linear")
+def test_all_linear_leaves_a_classifiers_head_where_the_task_says_that_there_is_one():
+    names = targeted(tiny_bert(), target_modules="all-linear", task_type="SEQ_CLS")
     assert "classifier" not in names
     assert "bert.pooler.dense" in names
 

@@ -121,8 +121,11 @@ def is_targeted(config: Any, key: str) -> bool:
     return False
 
 
-def all_linear_names(model: Any) -> set[str]:
-    """Name every linear layer but the output head, and but those whose owner never calls them."""
+def all_linear_names(model: Any, task_type: str | None = None) -> set[str]:
+    """Name every linear layer but the output head, and but those whose owner never calls them.
+
+    A classifier's head is known by its name, and only where the task says that there is one, as in PEFT.
+    """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(output, BaseTunerLayer):
         output = output.get_base_layer()
@@ -130,7 +133,7 @@ def all_linear_names(model: Any) -> set[str]:
         output = output.original_module
     modules = dict(original_modules(model))
     names = {name for name, module in modules.items() if linear_features(module) and module is not output}
-    if output is None:
+    if output is None and task_type == "SEQ_CLS":
         names = {name for name in names if name.split(".")[0] not in HEAD_NAMES}
     return {name for name in names if not never_called(modules, name)}
 
@@ -159,7 +162,7 @@ def resolve_targets(config: Any, model: nn.Module, defaults: dict[str, list[str]
         found = defaults[model_type]
         return found if isinstance(found, str) else set(found)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return all_linear_names(model)
+        return all_linear_names(model, config.task_type)
     return targets
 
 
