@@ -65,7 +65,7 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_links_of_the_readme_and_the_pages_lead_somewhere():
-    for path in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)):
+    for path in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in (*PAGES, "other-engines"))):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
