@@ -67,6 +67,8 @@ def test_a_head_trained_apart_from_its_embedding_stays_apart(saved_whole, tmp_pa
     model.save_pretrained(tmp_path / "adapter")
     merge_to_folder(tmp_path / "adapter", tmp_path / "merged")
     assert_same_bits(tmp_path / "merged", model.merge_and_unload())
+    # Not every reader asks the files.
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_biases_and_the_head_of_a_task_are_written(tmp_path):
