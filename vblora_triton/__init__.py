@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from vblora_triton.checkpoint import load_peft_weights
     from vblora_triton.exchange.checking import check_kernels
-    from vblora_triton.exchange.convert import convert_to_lora
+    from vblora_triton.exchange.convert import convert_to_lora, save_as_lora
     from vblora_triton.exchange.difference import diff_adapters
     from vblora_triton.exchange.inspection import inspect_adapter
     from vblora_triton.exchange.merge import merge_to_folder
@@ -109,6 +109,7 @@ __all__ = [
     "parameter_groups",
     "patch_peft",
     "prepare_model_for_kbit_training",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "unpatch_peft",
@@ -130,6 +131,7 @@ _HOMES = {
     "use_backend": "ops.dispatch",
     "check_kernels": "exchange.checking",
     "convert_to_lora": "exchange.convert",
+    "save_as_lora": "exchange.convert",
     "diff_adapters": "exchange.difference",
     "inspect_adapter": "exchange.inspection",
     "merge_to_folder": "exchange.merge",

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from tests.models import adapted_by, outputs, tiny_bert, tiny_llama
-from vblora_triton import PeftModel, VBLoRAConfig, VeraConfig, get_layer_status, get_model_status, get_peft_model
+from vblora_triton import (
+    PeftModel,
+    VBLoRAConfig,
+    VeraConfig,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    save_as_lora,
+)
 
 peft = pytest.importorskip("peft")
 # As a user's module has them, bound before anything of ours was asked about.
@@ -144,6 +152,16 @@ def test_trls_trainer_trains_an_adapter_of_ours(kind, fields, tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved")
     assert torch.equal(outputs(again), outputs(trainer.model.eval()))
+
+
+@BOTH
+def test_an_adapter_saved_as_lora_is_read_by_peft_and_does_the_same(kind, fields, tmp_path):
+    model = adapted_by(kind, fields).eval()
+    assert model.supports_lora_conversion()
+    save_as_lora(tmp_path / "lora", model, rank=2)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    assert theirs.active_peft_config.peft_type == "LORA"
+    torch.testing.assert_close(outputs(theirs), outputs(model), rtol=1e-4, atol=1e-4)
 
 
 def test_all_linear_on_a_classifier_adapts_what_pefts_does():

@@ -14,6 +14,7 @@ from vblora_triton import checkpoint
 from vblora_triton.card import card_fields
 from vblora_triton.exchange.output import check_new, new_folder
 from vblora_triton.exchange.stored import StoredAdapter, read_stored
+from vblora_triton.folder import apart
 from vblora_triton.integrations.transformers import find_adapted
 from vblora_triton.tuner.contents import AdapterContents, Sizes
 
@@ -102,9 +103,33 @@ def convert_to_lora(
     fields = lora_fields(stored.config, r, sorted(stored.layers))
     fields["base_model_name_or_path"] = stored.config.base_model_name_or_path
     with new_folder(output) as folder:
-        checkpoint.write_adapter(folder, tensors, json.dumps(fields, indent=2, sort_keys=True) + "\n", _card(stored))
+        checkpoint.write_adapter(
+            folder, tensors, json.dumps(fields, indent=2, sort_keys=True) + "\n", _card(stored.config)
+        )
         size = (folder / checkpoint.SAFETENSORS_NAME).stat().st_size
     return Conversion(Path(output), r, len(stored.layers), size, dtype, tuple(notes))
+
+
+def save_as_lora(
+    path: str | os.PathLike,
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Write a model's adapter as a LoRA adapter of PEFT's format into a folder; see `convert_to_lora`, also for errors.
+
+    Args:
+        path: the folder; made if need be.
+        model, rank, adapter_name, progressbar, compile_kwargs: as there.
+    """
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    adapted = find_adapted(model)
+    fields = config if isinstance(config, dict) else config.to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    text = json.dumps(plain | {"inference_mode": True}, indent=2, sort_keys=True) + "\n"
+    checkpoint.write_adapter(Path(path), apart(tensors), text, _card(adapted.base_model.peft_config[adapter_name]))
 
 
 def lora_fields(config: Any, r: int, layers: list[str]) -> dict[str, Any]:
@@ -252,8 +277,8 @@ def _served_dtype(stored: StoredAdapter) -> str:
     return "float16" if getattr(settings, "dtype", None) == torch.float16 else "bfloat16"
 
 
-def _card(stored: StoredAdapter) -> str:
-    base, title = card_fields(stored.config).get("base_model"), stored.config.method.title
+def _card(config: Any) -> str:
+    base, title = card_fields(config).get("base_model"), config.method.title
     head = [f'base_model: "{base}"'] if base else []
     lines = ["---", *head, "library_name: peft", "tags:", "- lora", "- vblora-triton", "---", ""]
     text = f"The factors of a {title} adapter, exact, as a standard LoRA adapter. It is larger than the original, and"
