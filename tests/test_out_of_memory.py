@@ -164,6 +164,7 @@ def method(request, tmp_path_factory):
     return config, folder
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_that_runs_out_of_memory_is_undone_or_completed(name, method):
     config, folder = method
