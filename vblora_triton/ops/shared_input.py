@@ -44,8 +44,8 @@ def _key(arguments: Arguments) -> tuple[Any, ...]:
     return tuple(id(a) if isinstance(a, Tensor) else a for a in arguments)
 
 
-def _versions(arguments: Arguments) -> list[int]:
-    return [a._version for a in arguments if isinstance(a, Tensor)]
+def _states(arguments: Arguments) -> list[tuple[int, int, bool]]:
+    return [(a._version, a.data_ptr(), a.requires_grad) for a in arguments if isinstance(a, Tensor)]
 
 
 class Readers:
@@ -72,10 +72,9 @@ class _Shared:
         self.stream = 0
         self.alias: Tensor | None = None
         self.values: dict[Any, Any] = {}
-        # Calls that could have been computed together and were not, and what was computed ahead, in how which tensors
-        # were then.
+        # Calls that could have been computed together and were not, and what was computed ahead, of how tensors were.
         self.calls: list[Arguments] = []
-        self.ahead: dict[Any, tuple[list[int], Tensor]] = {}
+        self.ahead: dict[Any, tuple[list[tuple[int, int, bool]], Tensor]] = {}
         self.leader: Any = None
         self.readers = readers
         self.following: dict[Any, list[Arguments]] = {}
@@ -113,6 +112,9 @@ def shared_inputs(readers: Readers | None = None) -> Iterator[None]:
     Args:
         readers: of the model whose forward pass it is.
     """
+    if readers is not None and not torch.is_grad_enabled():
+        # Of a model that is not trained any more no tensor is kept, nor of one that has got other parameters.
+        readers.following = {}
     shared = _Shared(readers)
     token = _shared.set(shared)
     try:
@@ -152,7 +154,7 @@ def take_result(x: Tensor, arguments: Arguments) -> Tensor | None:
         return None
     shared.meets(x)
     key = _key(arguments)
-    if key not in shared.ahead or shared.ahead[key][0] != _versions(arguments):
+    if key not in shared.ahead or shared.ahead[key][0] != _states(arguments):
         # If it does not come any more, `leaves` finds it.
         return None
     return shared.ahead.pop(key)[1]
@@ -178,7 +180,7 @@ def keep_results(leader: Arguments, followers: list[Arguments], results: Sequenc
     shared = _of_this_thread()
     if shared is not None:
         shared.leader = _key(leader)
-        shared.ahead = {_key(call): (_versions(call), y) for call, y in zip(followers, results, strict=True)}
+        shared.ahead = {_key(call): (_states(call), y) for call, y in zip(followers, results, strict=True)}
 
 
 def writable(dx: Tensor) -> Tensor:

@@ -57,7 +57,12 @@ def linear_together(settle: Settle, chosen: Choice, x: Tensor, *arguments: Any) 
             break
         again = (FrozenLinear(weight, bias), *rest)
         ranks += rest[0].shape[0]
-        if ranks > MAX_RANKS or not _may_be_together(settle(x, *again), x, *again):
+        try:
+            follows = ranks <= MAX_RANKS and _may_be_together(settle(x, *again), x, *again)
+        except (TypeError, ValueError):
+            # If it is called again, that will say so.
+            break
+        if not follows:
             break
         followers.append(call)
     if not followers:
@@ -169,7 +174,8 @@ class Together(torch.autograd.Function):
         for dy in used:
             refuse_batches("vblora_linear", dy)
         x, vector_bank, indices_A, weights_A, *others = ctx.saved_tensors
-        run = _backward if modes.is_plain(*grads, x, *others) else _one_by_one
+        # Of a layer whose result nobody used nothing is read, not even a NaN.
+        run = _backward if len(used) == len(dys) and modes.is_plain(*grads, x, *others) else _one_by_one
         kept: list[Kept] = _grouped(others, Kept)
         with modes.below_autograd():
             return run(ctx.needs_input_grad, ctx.dtypes, dys, dx, x, vector_bank, (indices_A, weights_A), kept)
@@ -178,7 +184,7 @@ class Together(torch.autograd.Function):
 def _backward(
     needs: Sequence[bool],
     dtypes: list[tuple[torch.dtype, torch.dtype]],
-    dys: list[Tensor | None],
+    dys: list[Any],
     dx: Tensor | None,
     x: Tensor,
     vector_bank: Tensor,
@@ -189,7 +195,6 @@ def _backward(
 
     Args:
         dtypes: of both logits of each layer.
-        dys: None for a layer whose result nobody used.
         dx: what others that read x have found, to which its gradient is added, in place; None for none.
     """
     need_x, need_bank, need_dA = needs[0], needs[1], needs[1] or any(needs[5::4])
@@ -204,9 +209,6 @@ def _backward(
     with on_device(x.device):
         ds = torch.empty((kept[0].s.shape[0], rows[-1].stop), dtype=torch.float32, device=x.device)
         for i, (own, dy) in enumerate(zip(kept, dys, strict=True)):
-            if dy is None:
-                ds[:, rows[i]] = 0
-                continue
             selection_B = own.indices_B, own.weights_B
             need_ds, need_dB = need_x or need_dA, need_bank or needs[4 * i + 6]
             partials, dBs[i] = kernels.launch_expand_bwd(
@@ -220,8 +222,6 @@ def _backward(
                 rows_of(x), ds, bank, *selection_A, nothing, dx_rows, need_dA=need_dA, add_to_dx=adds
             )
         for i, (own, dy) in enumerate(zip(kept, dys, strict=True)):
-            if dy is None:
-                continue
             if dx_rows is not None:
                 dx_rows.addmm_(rows_of(dy), own.weight)
             indices_A, weights_A = (t[rows[i]] for t in selection_A)
@@ -251,7 +251,11 @@ def _one_by_one(
     selection_A: tuple[Tensor, Tensor],
     kept: list[Kept],
 ) -> tuple[Tensor | None, ...]:
-    """`_backward` by the operator of one layer, for somebody who observes; nothing is written that was given."""
+    """`_backward` by the operator of one layer, which somebody who observes sees; nothing is written that was given.
+
+    Args:
+        dys: None for a layer whose result nobody used.
+    """
     found: list[Tensor | None] = [dx if needs[0] else None, *[None] * (len(needs) - 1)]
     for i, rows in enumerate(_own_rows(own.s.shape[1] for own in kept)):
         own, dy = kept[i], dys[i]
