@@ -194,86 +194,66 @@ def compose(vector_length: int) -> dict[str, int]:
 
 
 # Rows up to which a product with a projection costs what reading the projection costs, however many terms it is
-# multiplied in, and the projected input p is too small to be worth packing.
+# multiplied in.
 FEW_VERA_ROWS = 64
+# Columns of p that have one scale.
+PACK_GROUP = 128
+# Elements up to which p is too small to be worth packing: 2^16 levels are fewer than the error bound asks for now and
+# then where few elements have a part in a gradient.
+UNPACKED = 2**18
 
 
-def packs(M: int, all_fp32: bool) -> bool:
-    """Whether p is kept in 16 bits: with many rows, of activations that are not all fp32."""
-    return not all_fp32 and M > FEW_VERA_ROWS
+def packed_columns(M: int, r: int) -> int:
+    """Columns of 16 bits in which p is kept: r where it is packed, 2 r where it is fp32.
 
-
-def activation_splits(dtype: torch.dtype, all_fp32: bool) -> dict[str, int]:
-    """bf16 terms of an activation and of an fp32 matrix in their product (scaled_matmul.py).
-
-    The activation's own bits all count; of the matrix 16 do, or 8 where `torch.get_float32_matmul_precision()` is
-    "medium", which allows as much.
-
-    Args:
-        all_fp32: x and y are both fp32; then they are multiplied as such.
+    Without a question about M, so that a graph holds for any.
     """
-    if all_fp32:
-        return {"X_SPLITS": 0, "W_SPLITS": 0}
-    if torch.get_float32_matmul_precision() == "medium":
-        return {"X_SPLITS": 1, "W_SPLITS": 1}
-    return {"X_SPLITS": 1 if dtype == torch.bfloat16 else 2, "W_SPLITS": 2}
+    return r * (1 + torch.sym_min(1, UNPACKED // torch.sym_max(M * r, 1)))
 
 
-def rank_splits(M: int, dtype: torch.dtype, all_fp32: bool) -> dict[str, int]:
-    """bf16 terms of two fp32 matrices in their product, for a result in `dtype`.
+def terms() -> int:
+    """Terms of A, and of p, where the gradients of VeRA's scales hang on them: 16 bits.
 
-    One of each for bf16, which together round no more than the result itself does; two where they cost nothing.
+    8 where `torch.get_float32_matmul_precision()` is "medium", which allows as much.
     """
-    if all_fp32:
-        return {"X_SPLITS": 0, "W_SPLITS": 0}
-    medium = torch.get_float32_matmul_precision() == "medium"
-    count = 1 if medium or (dtype == torch.bfloat16 and M > FEW_VERA_ROWS) else 2
-    return {"X_SPLITS": count, "W_SPLITS": count}
+    return 1 if torch.get_float32_matmul_precision() == "medium" else 2
 
 
-def scaled_matmul(
-    M: int, N: int, splits: dict[str, int], in_partials: bool = False, drops: bool = False, adds: bool = False
-) -> dict[str, int]:
-    """Tile of the result of a scaled product, and how deep one step is.
+def rank_terms(M: int, dtype: torch.dtype) -> int:
+    """Pairs of terms of two fp32 matrices in a product with a result in `dtype`: the high terms, or all but the lowest.
 
-    As large as compiles without spills for sm_80, sm_90, sm_100 and gfx942 (python -m tools.kernels_report).
-
-    Args:
-        in_partials: X is added up from partials.
-        drops: dropout of X or of the result.
-        adds: a base is added to the result.
+    One for 16 bits, which together round no more than the result itself does; three where they cost nothing.
     """
-    rows, columns, depth, warps = 64, 64, 32, 4
-    if splits["X_SPLITS"] == 0:
-        columns, warps = 32, 8
-    elif M > 1024 and N >= 128 and not drops and splits["X_SPLITS"] == 1:
-        rows, columns, warps = 128, 128, 8
-        depth = 64 if splits["W_SPLITS"] == 1 and not in_partials else 32
-    elif in_partials:
-        warps = 8
-    if drops and adds:
-        columns = min(columns, 32)
-    if M <= FEW_ROWS:
-        rows, warps = 16, 4
-    columns = max(16, min(columns, power_of_2(N)))
-    stages = 1 if in_partials else 2
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "num_warps": warps, "num_stages": stages}
+    return 3 if terms() == 2 and (dtype == torch.float32 or M <= FEW_VERA_ROWS) else 1
 
 
-def matmul_partials(M: int, N: int, K: int, splits: dict[str, int]) -> int:
-    """Programs that share the depth K of one tile, each with a partial of M x N: all together small beside M x K."""
-    config = scaled_matmul(M, N, splits)
-    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
-    depth = cdiv(cdiv(K, max(1, min(PROGRAMS // tiles, cdiv(K, 256)))), config["BLOCK_K"]) * config["BLOCK_K"]
-    return cdiv(K, depth)
+def low_rows(r: int) -> int:
+    """Rows of A whose low terms count in dx = dp A, in 16 bits.
+
+    With C, dp and A all rounded, dx would be as wrong as is allowed, twice the rounding of dx itself: sqrt(1 + 3). With
+    half of A it is sqrt(1 + 2.5), which needs many rows to hold; with all, sqrt(1 + 2).
+    """
+    if terms() == 1:
+        return 0
+    return r if r <= 256 else r // 2
 
 
 @remembered
-def pack_rows(r: int) -> dict[str, int]:
-    r_pad = power_of_2(r)
-    return {"R_PAD": r_pad, "BLOCK_M": max(1, 2048 // r_pad), "num_warps": 4}
+def pack_rows() -> dict[str, int]:
+    return {"BLOCK_M": 16, "num_warps": 4}
 
 
 @remembered
-def sum_scale_grads() -> dict[str, int]:
-    return {"BLOCK_P": 32, "BLOCK_C": 32, "num_warps": 4}
+def prepare(r: int) -> dict[str, int]:
+    block_r = min(256, max(16, power_of_2(r)))
+    return {"BLOCK_M": max(1, 4096 // block_r), "BLOCK_R": block_r, "num_warps": 4}
+
+
+@remembered
+def drop() -> dict[str, int]:
+    return {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4}
+
+
+@remembered
+def scale_grads(r: int) -> dict[str, int]:
+    return {"BLOCK_N": 16, "BLOCK_R": min(128, max(16, power_of_2(r))), "num_warps": 4}

@@ -1,15 +1,19 @@
-"""VeRA's products: y = base + lambda_b ((lambda_d p) B^T), and the gradients of x and of both scales.
+"""VeRA: y = base + lambda_b ((lambda_d p) B^T), p = dropout(x) A^T, and the gradients of x and of both scales.
 
-p = dropout(x) A^T, (M, r), is the projected input, A and B are the projections. dx = dp A, dp = ((dy lambda_b) B)
-lambda_d. Both gradients of the scales come from D = dy^T p, (N, r):
+The large products are PyTorch's (matmul.py); the kernels here make their operands and add up what comes of them. Both
+scales go into one matrix of each step, C = lambda_b B lambda_d, (N, r):
 
+    y = base + p C^T            dp = dy C            dx = dropout'(dp A)
+    D = dy^T p                  (N, r)
     dlambda_b[n] = sum_j lambda_d[j] B[n, j] D[n, j]
     dlambda_d[j] = sum_n lambda_b[n] B[n, j] D[n, j]
 
-D is made tile by tile and never stored; nor is (lambda_d p) B^T, (M, N).
+Beside 16-bit activations an fp32 matrix goes in as terms, high + low, of 8 bits each (bf16) or 11 (fp16), which stand
+side by side in one product. 16 bits count where the scales' fp32 gradients hang on them: of A in p = x [high; low]^T,
+which are added up as p is packed, and of p in D = dy^T [high, low]. A result in 16 bits needs no more than the high
+terms of two matrices. dx comes of three: the low terms of A, or of half of its rows, keep its error within twice that
+of rounding it. An fp32 result, or few rows, takes [high, high, low] against [high, low, high].
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,178 +23,75 @@ from torch import Tensor
 from . import tuning
 from .dropout import Dropout
 from .launch import launch
-from .partials import launch_sum_partials, load_partials
-from .scaled_matmul import accumulate, launch_scaled_matmul
+from .matmul import matmul, matmul_into
+from .vera_operands import ProjectedInput, dropping, launch_pack, operand, preparing, terms_of, unpacked
 
 
 @triton.jit
 def _scale_grads_kernel(
-    DY_ptr,
-    P_ptr,
-    PScale_ptr,
+    D_ptr,
     B_ptr,
     LambdaB_ptr,
     LambdaD_ptr,
-    PartialsB_ptr,
+    Unit_ptr,
+    DLambdaB_ptr,
     PartialsD_ptr,
-    M,
     N,
     R,
-    stride_dym,
-    stride_dyn,
     stride_bn,
     stride_br,
-    X_SPLITS: tl.constexpr,
-    W_SPLITS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    SUMMANDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    """dlambda_b[n] = sum_j lambda_d[j] (B D)[n, j], dlambda_d[j] = sum_n lambda_b[n] (B D)[n, j], D = dy^T p.
+    """dlambda_b[n] = sum_j lambda_d[j] (B D)[n, j], dlambda_d[j] = sum_n lambda_b[n] (B D)[n, j]; element by element.
 
-    B D is the product element by element. Program (i, j) makes one tile of D, BLOCK_M of its N rows and BLOCK_N of its
-    R columns, from DEPTH of the M rows of dy (M, N) and p (M, R), and stores what the tile adds to either gradient: in
-    PartialsB (chunks of rows * blocks of R, N) and in PartialsD (chunks of rows * blocks of N, R).
+    D / unit is the sum of SUMMANDS blocks of R columns of D (N, SUMMANDS * R). Program i takes BLOCK_N rows, and writes
+    their dlambda_b and row i of PartialsD (programs, R).
     """
-    blocks_r = tl.cdiv(R, BLOCK_N)
-    block_n, block_r = tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r
-    chunk = tl.program_id(1).to(tl.int64)
-    offs_n = block_n.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = (block_r * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    mask_n, mask_r = offs_n < N, offs_r < R
-    acc = accumulate(
-        DY_ptr,
-        P_ptr,
-        PScale_ptr,
-        None,
-        offs_m=offs_n,
-        mask_m=mask_n,
-        offs_n=offs_r,
-        mask_n=mask_r,
-        start=chunk * DEPTH,
-        end=tl.minimum(M, (chunk + 1) * DEPTH),
-        K=M,
-        partials=1,
-        stride_xp=0,
-        stride_xm=stride_dyn,
-        stride_xk=stride_dym,
-        stride_wk=R,
-        stride_wn=1,
-        drop_threshold=0,
-        X_SPLITS=X_SPLITS,
-        W_SPLITS=W_SPLITS,
-        INPUT_PRECISION=INPUT_PRECISION,
-        BLOCK_K=BLOCK_K,
-    )
-    b_ptrs = B_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
-    acc *= tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
     lambda_b = tl.load(LambdaB_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    lambda_d = tl.load(LambdaD_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)
-    partials_b = tl.sum(acc * lambda_d[None, :], axis=1)
-    tl.store(PartialsB_ptr + (chunk * blocks_r + block_r) * N + offs_n, partials_b, mask=mask_n)
-    partials_d = tl.sum(acc * lambda_b[:, None], axis=0)
-    tl.store(PartialsD_ptr + (chunk * tl.cdiv(N, BLOCK_M) + block_n) * R + offs_r, partials_d, mask=mask_r)
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start_r in range(0, R, BLOCK_R):
+        offs_r = start_r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        mask = mask_n[:, None] & mask_r[None, :]
+        d_ptrs = D_ptr + offs_n[:, None] * (SUMMANDS * R) + offs_r[None, :]
+        d = tl.load(d_ptrs, mask=mask, other=0.0)
+        if SUMMANDS == 2:
+            d += tl.load(d_ptrs + R, mask=mask, other=0.0)
+        b_ptrs = B_ptr + offs_n[:, None] * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
+        d *= tl.load(b_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if Unit_ptr is not None:
+            d *= tl.load(Unit_ptr)
+        lambda_d = tl.load(LambdaD_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)
+        acc += tl.sum(d * lambda_d[None, :], axis=1)
+        partials_ptrs = PartialsD_ptr + tl.program_id(0).to(tl.int64) * R + offs_r
+        tl.store(partials_ptrs, tl.sum(d * lambda_b[:, None], axis=0), mask=mask_r)
+    tl.store(DLambdaB_ptr + offs_n, acc.to(DLambdaB_ptr.dtype.element_ty), mask=mask_n)
 
 
-@triton.jit
-def _pack_rows_kernel(
-    V_ptr, Packed_ptr, Scale_ptr, M, R, partials, stride_vp, R_PAD: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, R_PAD)
-    mask_m = offs_m < M
-    mask = mask_m[:, None] & (offs_r < R)[None, :]
-    offs = offs_m[:, None] * R + offs_r[None, :]
-    v = load_partials(V_ptr, offs, mask, partials, stride_vp)
-    # 0 * v is NaN where v is not finite: such a row has the scale NaN, and comes back as NaN.
-    scale = tl.max(tl.abs(v), axis=1) / 32767.0 + tl.sum(v * 0.0, axis=1)
-    tl.store(Scale_ptr + offs_m, scale, mask=mask_m)
-    # NaN is not > 0 either, and no integer.
-    inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
-    whole = tl.floor(tl.where(scale[:, None] > 0.0, v, 0.0) * inverse[:, None] + 0.5)
-    # A scale below the smallest normal number has few bits.
-    whole = tl.minimum(tl.maximum(whole, -32767.0), 32767.0)
-    tl.store(Packed_ptr + offs, whole.to(tl.int16), mask=mask)
-
-
-@triton.jit
-def _sum_scale_grads_kernel(
-    PartialsB_ptr,
-    PartialsD_ptr,
-    DB_ptr,
-    DD_ptr,
-    N,
-    R,
-    partials_b,
-    partials_d,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    blocks_b = tl.cdiv(N, BLOCK_C)
-    if tl.program_id(0) < blocks_b:
-        _sum_columns(PartialsB_ptr, DB_ptr, tl.program_id(0) * BLOCK_C, N, partials_b, BLOCK_P, BLOCK_C)
-    else:
-        _sum_columns(PartialsD_ptr, DD_ptr, (tl.program_id(0) - blocks_b) * BLOCK_C, R, partials_d, BLOCK_P, BLOCK_C)
-
-
-@triton.jit
-def _sum_columns(Partials_ptr, Out_ptr, start, C, partials, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    offs_c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
-    acc = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for start_p in range(0, partials, BLOCK_P):
-        offs_p = start_p + tl.arange(0, BLOCK_P)
-        partials_ptrs = Partials_ptr + offs_p[:, None] * C + offs_c[None, :]
-        tile = tl.load(partials_ptrs, mask=(offs_p < partials)[:, None] & (offs_c < C)[None, :], other=0.0)
-        acc += tl.sum(tile, axis=0)
-    tl.store(Out_ptr + offs_c, acc.to(Out_ptr.dtype.element_ty), mask=offs_c < C)
-
-
-class ProjectedInput(NamedTuple):
-    """p = dropout(x) A^T, (M, r): `values`, fp32, and `scale` empty; or, packed, values int16 times scale (M) fp32.
-
-    Packed it takes the memory of a 16-bit activation, and is rounded to 2^-16 of the largest element of its row, not to
-    the 8 bits of bf16: A is random, so that the elements of a row are alike.
-    """
-
-    values: Tensor
-    scale: Tensor
-
-
-def launch_project(x: Tensor, A: Tensor, dropout: Dropout, *, all_fp32: bool) -> ProjectedInput:
+def launch_project(x: Tensor, A: Tensor, r: int, dropout: Dropout, *, all_fp32: bool) -> ProjectedInput:
     """p = dropout(x) A^T.
 
     Args:
         x: (M, K), any strides.
-        A: (r, K), any strides.
-        all_fp32: x and y are both fp32. Else p is packed where it has many rows.
+        A: (r, K), if x and y are both fp32; else [high; low; high], (3 r, K), in x's dtype or, of fp32, in bf16.
     """
-    (M, K), r = x.shape, A.shape[0]
-    splits = tuning.activation_splits(x.dtype, all_fp32)
-    partials = torch.empty((tuning.matmul_partials(M, r, K, splits), M, r), dtype=torch.float32, device=x.device)
-    launch_scaled_matmul(x, A.T, partials, splits, drop_x=dropout)
-    if not tuning.packs(M, all_fp32):
-        return ProjectedInput(launch_sum_partials(partials), partials.new_empty(0))
-    projected = ProjectedInput(torch.empty((M, r), dtype=torch.int16, device=x.device), partials.new_empty(M))
-    config = tuning.pack_rows(r)
-    launch(
-        _pack_rows_kernel,
-        (tuning.cdiv(M, config["BLOCK_M"]),),
-        V_ptr=partials,
-        Packed_ptr=projected.values,
-        Scale_ptr=projected.scale,
-        M=M,
-        R=r,
-        partials=partials.shape[0],
-        stride_vp=partials.stride(0),
-        **config,
-    )
-    return projected
+    high, low = terms_of(x, dropout, all_fp32)
+    if all_fp32:
+        p = torch.empty((x.shape[0], r), dtype=torch.float32, device=x.device)
+        return ProjectedInput(matmul_into(p, high, A.T, alpha=dropout.scale), p.new_empty(0, dtype=torch.bfloat16))
+    sums = matmul(high, A[: tuning.terms() * r].T)
+    if low is not None:
+        sums[:, :r] += matmul(low, A[:r].T)
+    return launch_pack(sums, dropout.scale, r)
 
 
-def _row_scale(projected: ProjectedInput) -> Tensor | None:
-    return projected.scale if projected.values.dtype == torch.int16 else None
+def _unit(dtype: torch.dtype) -> float:
+    """What C is multiplied by in `dtype`: fp16 has few bits of what is below 2^-14, as small scales are."""
+    return 2.0**10 if dtype == torch.float16 else 1.0
 
 
 def launch_update(
@@ -206,105 +107,124 @@ def launch_update(
     """y = base + lambda_b ((lambda_d p) B^T).
 
     Args:
-        base: (M, N), any strides, or None.
+        base: (M, N), any strides, or None. Rows that are one and the same (stride 0), as a bias's, are read once.
         lambda_b, lambda_d: (N) and (r), contiguous.
         B: (N, r), any strides.
-        y: (M, N), contiguous, written; may be `base` itself.
+        y: (M, N), contiguous, written.
     """
-    splits = tuning.rank_splits(y.shape[0], y.dtype, all_fp32)
-    launch_scaled_matmul(
-        projected.values,
-        B.T,
-        y,
-        splits,
-        base=base,
-        m_scale=_row_scale(projected),
-        k_scale=lambda_d,
-        n_scale=lambda_b,
-    )
+    (M, N), r = y.shape, B.shape[1]
+    dtype, terms = (y.dtype, 1) if all_fp32 else (operand(y.dtype), tuning.rank_terms(M, y.dtype))
+    c = torch.empty((N, terms * r), dtype=dtype, device=y.device)
+    left = None if all_fp32 else torch.empty((M, terms * r), dtype=dtype, device=y.device)
+    kernel, grid, prepared = preparing(r, projected, left, None, (B, lambda_b, lambda_d), c, _unit(dtype))
+    launch(kernel, grid, **prepared)
+    left = unpacked(projected, r)[0] if left is None else left
+    base = base[0] if base is not None and base.stride(0) == 0 else base
+    matmul_into(y, left, c.T, base=base, alpha=1 / _unit(dtype))
 
 
-def launch_input_grad(
+def launch_bwd(
     dy: Tensor,
+    projected: ProjectedInput,
     lambda_b: Tensor,
     lambda_d: Tensor,
     A: Tensor,
     B: Tensor,
     dropout: Dropout,
-    dx: Tensor,
+    dx: Tensor | None,
     *,
+    need_scales: bool,
     all_fp32: bool,
     add_to_dx: bool = False,
-) -> None:
-    """dx = dropout'((((dy lambda_b) B) lambda_d) A), or dx += that.
-
-    Args:
-        dy: (M, N), any strides.
-        A, B: (r, K) and (N, r), any strides.
-        dx: (M, K), contiguous, written, or with `add_to_dx` added to.
-    """
-    (M, N), r = dy.shape, A.shape[0]
-    splits = tuning.activation_splits(dy.dtype, all_fp32)
-    partials = torch.empty((tuning.matmul_partials(M, r, N, splits), M, r), dtype=torch.float32, device=dy.device)
-    launch_scaled_matmul(dy, B, partials, splits, k_scale=lambda_b, n_scale=lambda_d)
-    dp = partials if partials.shape[0] > 1 else partials[0]
-    splits = tuning.rank_splits(M, dx.dtype, all_fp32)
-    launch_scaled_matmul(dp, A, dx, splits, base=dx if add_to_dx else None, drop_out=dropout)
-
-
-def launch_scale_grads(
-    dy: Tensor, projected: ProjectedInput, lambda_b: Tensor, lambda_d: Tensor, B: Tensor, *, all_fp32: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of lambda_b (N) and lambda_d (r), in their dtypes.
+) -> tuple[Tensor, Tensor] | None:
+    """dx = dropout'((((dy lambda_b) B) lambda_d) A), and the gradients of lambda_b (N) and lambda_d (r).
 
     Args:
         dy: (M, N), any strides.
         lambda_b, lambda_d: contiguous.
+        A: as of `launch_project`.
         B: (N, r), any strides.
+        dx: (M, K), contiguous, written, or with `add_to_dx` added to; or None.
+    Returns:
+        The scales' gradients, in their dtypes, or None where they are not needed.
     """
     (M, N), r = dy.shape, B.shape[1]
-    splits = tuning.activation_splits(dy.dtype, all_fp32)
-    config = tuning.scaled_matmul(N, r, splits)
-    blocks_n, blocks_r = tuning.cdiv(N, config["BLOCK_M"]), tuning.cdiv(r, config["BLOCK_N"])
-    chunks = tuning.matmul_partials(N, r, M, splits)
-    partials_b = torch.empty((chunks * blocks_r, N), dtype=torch.float32, device=dy.device)
-    partials_d = torch.empty((chunks * blocks_n, r), dtype=torch.float32, device=dy.device)
+    high, low = terms_of(dy, Dropout.of(0.0, None), all_fp32)
+    c = left = unit = None
+    if dx is not None:
+        same = low is None and high.dtype == operand(dx.dtype)
+        terms = 1 if all_fp32 else tuning.rank_terms(M, dx.dtype if same else torch.float32)
+        c = torch.empty((N, terms * r), dtype=high.dtype, device=dy.device)
+    if need_scales and not all_fp32:
+        left = torch.empty((M, tuning.terms() * r), dtype=high.dtype, device=dy.device)
+        if high.dtype == torch.float16:
+            # The largest there is, so that nothing is lost below the least of fp16.
+            values, scale = unpacked(projected, r)
+            unit = (values if scale is None else scale.float()).abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
+    if c is not None or left is not None:
+        factor = _unit(high.dtype) * dropout.scale
+        kernel, grid, prepared = preparing(r, projected, left, unit, (B, lambda_b, lambda_d), c, factor)
+        launch(kernel, grid, **prepared)
+    if dx is not None and c is not None:
+        update = dx if dropout.seed is None or not add_to_dx else torch.empty_like(dx)
+        dp = _input_grad(high, low, c, dx.dtype, r, all_fp32)
+        base = dx if add_to_dx and update is dx else None
+        matmul_into(update, dp, A[: dp.shape[1]], base=base)
+        if dropout.seed is not None:
+            kernel, grid, dropped = dropping(update, dropout, dx, None, dx if add_to_dx else None)
+            launch(kernel, grid, **dropped)
+    if not need_scales:
+        return None
+    left = unpacked(projected, r)[0] if left is None else left
+    D = matmul(high.T, left)
+    if low is not None:
+        D[:, :r] += matmul(low.T, left[:, :r])
+    return _launch_scale_grads(D, B, lambda_b, lambda_d, unit)
+
+
+def _input_grad(high: Tensor, low: Tensor | None, c: Tensor, dtype: torch.dtype, r: int, all_fp32: bool) -> Tensor:
+    """dp = dy C, as the left operand beside the first rows of A's terms, for dx in `dtype`."""
+    M, terms, alpha = high.shape[0], c.shape[1] // r, 1 / _unit(c.dtype)
+    if all_fp32:
+        return matmul(high, c)
+    if terms == 1 and low is None and high.dtype == dtype:
+        low_rows = tuning.low_rows(r)
+        dp = torch.empty((M, r + low_rows), dtype=dtype, device=high.device)
+        matmul_into(dp[:, :r], high, c, alpha=alpha)
+        dp[:, r:].copy_(dp[:, :low_rows])
+        return dp
+    sums = matmul(high, c[:, : min(terms, 2) * r])
+    if low is not None:
+        sums[:, :r] += matmul(low, c[:, :r])
+    sums = sums if alpha == 1.0 else sums.mul_(alpha)
+    dp = torch.empty((M, terms * r), dtype=operand(dtype), device=high.device)
+    kernel, grid, prepared = preparing(r, ProjectedInput(sums, sums[:0]), dp, None, None, None, 1.0)
+    launch(kernel, grid, **prepared)
+    return dp
+
+
+def _launch_scale_grads(
+    D: Tensor, B: Tensor, lambda_b: Tensor, lambda_d: Tensor, unit: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    N, r = B.shape
+    config = tuning.scale_grads(r)
+    d_lambda_b, programs = torch.empty_like(lambda_b), tuning.cdiv(N, config["BLOCK_N"])
+    partials = torch.empty((programs, r), dtype=torch.float32, device=D.device)
     launch(
         _scale_grads_kernel,
-        (blocks_n * blocks_r, chunks),
-        DY_ptr=dy,
-        P_ptr=projected.values,
-        PScale_ptr=_row_scale(projected),
+        (programs,),
+        D_ptr=D,
         B_ptr=B,
         LambdaB_ptr=lambda_b,
         LambdaD_ptr=lambda_d,
-        PartialsB_ptr=partials_b,
-        PartialsD_ptr=partials_d,
-        M=M,
+        Unit_ptr=unit,
+        DLambdaB_ptr=d_lambda_b,
+        PartialsD_ptr=partials,
         N=N,
         R=r,
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
         stride_bn=B.stride(0),
         stride_br=B.stride(1),
-        INPUT_PRECISION=tuning.input_precision(),
-        DEPTH=tuning.cdiv(tuning.cdiv(M, chunks), config["BLOCK_K"]) * config["BLOCK_K"],
-        **splits,
+        SUMMANDS=D.shape[1] // r,
         **config,
     )
-    d_lambda_b, d_lambda_d = torch.empty_like(lambda_b), torch.empty_like(lambda_d)
-    config = tuning.sum_scale_grads()
-    launch(
-        _sum_scale_grads_kernel,
-        (tuning.cdiv(N, config["BLOCK_C"]) + tuning.cdiv(r, config["BLOCK_C"]),),
-        PartialsB_ptr=partials_b,
-        PartialsD_ptr=partials_d,
-        DB_ptr=d_lambda_b,
-        DD_ptr=d_lambda_d,
-        N=N,
-        R=r,
-        partials_b=partials_b.shape[0],
-        partials_d=partials_d.shape[0],
-        **config,
-    )
-    return d_lambda_b, d_lambda_d
+    return d_lambda_b, partials.sum(0).to(lambda_d.dtype)

@@ -25,12 +25,13 @@ class Passes(NamedTuple):
 
     given: what the passes are given beside a base, x first. forward: given the base's result, or None where its product
     is added afterwards; what `backward` wants of it, y first. backward: given that, and the dx of other layers that
-    read the same x, if there are some.
+    read the same x, if there are some. project: how forward begins, once for all layers that read the same x.
     """
 
     given: tuple[torch.Tensor, ...]
     forward: Callable[[torch.Tensor | None], tuple[torch.Tensor, ...]]
     backward: Callable[..., list[torch.Tensor]]
+    project: Callable[[], Any] = lambda: None
 
 
 def vblora_passes(
@@ -97,15 +98,18 @@ def vera_passes(K: int, N: int, M: int, dtype: torch.dtype, *, r: int = 256, p: 
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
     linear = triton_vera.linear
 
+    def project() -> tuple[torch.Tensor, ...]:
+        return triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
+
     def forward(base: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        projected = triton_vera.project.unobserved(x, A, dtype == torch.float32, p, seed)
+        projected = project()
         return *linear.fwd.unobserved(x, base, *frozen, *projected, p, seed), *projected
 
     def backward(found: tuple[torch.Tensor, ...], *dx: torch.Tensor) -> list[torch.Tensor]:
         dy, *projected = found
         return linear.bwd.unobserved(dy, *frozen, *projected, seed, p, list(x.shape), dtype, [True] * 3, *dx)
 
-    return Passes((x, *frozen), forward, backward)
+    return Passes((x, *frozen), forward, backward, project)
 
 
 def bases(M: int, N: int, dtype: torch.dtype) -> list[torch.Tensor | None]:

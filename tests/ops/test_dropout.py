@@ -96,12 +96,12 @@ def test_forward_and_gradients_are_those_of_the_masked_input(dtype, method):
     function, case = CASES[method](M=150, K=288, dtype=dtype)
     tensors = case.tensors()
     p = 0.25
-    torch.manual_seed(4)
+    torch.manual_seed(3)
     triton = case.run(getattr(ops, function), tensors, dropout_p=p, training=True, backend="triton")
     # The same mask, read off VB-LoRA's kernel for rank 1 and ones, whose tiles are of another shape.
     ones = (torch.zeros(1, 6, 1), torch.zeros(1, 1, 1), torch.ones(1, 48))
     x = torch.ones_like(tensors["x"], dtype=torch.float32).requires_grad_()
-    torch.manual_seed(4)
+    torch.manual_seed(3)
     y = ops.vblora_linear(x, None, *(t.to(DEVICE) for t in ones), 1, dropout_p=p, training=True, backend="triton")
     (scale,) = torch.autograd.grad(y[:, 0].sum(), x)
 

@@ -32,7 +32,7 @@ def launches() -> list[tuple]:
     with launch.intercepted(lambda *call: calls.append(call)):
         for M in (1, 256, 4096):
             launch_all(4096, 11008, M, 2048, torch.bfloat16, p=0.1)
-            launch_all_vera(11008, 4096, M, torch.bfloat16)
+            launch_all_vera(11008, 4096, M, torch.bfloat16, p=0.1)
     return calls
 
 
@@ -60,7 +60,7 @@ def test_pointers_are_followed_to_the_tensors_that_they_came_from():
     assert touched["_shrink_bwd_kernel"] >= {"X_ptr", "DS_ptr", "DX_ptr", "DA_ptr", "Bank_ptr", "Idx_ptr", "W_ptr"}
     # Through a helper, and in a branch that program 0 does not take.
     assert touched["_parameter_grads_kernel"] >= {"DA_ptr", "DB_ptr", "DLogitsB_ptr", "DBank_ptr"}
-    assert touched["_scale_grads_kernel"] >= {"DY_ptr", "P_ptr", "PartialsD_ptr"}
+    assert touched["_scale_grads_kernel"] >= {"D_ptr", "B_ptr", "PartialsD_ptr"}
 
 
 def write_kernel(folder: Path, loop: str):
@@ -155,6 +155,35 @@ def test_a_small_case_is_forecast_end_to_end_and_no_kernel_is_below_its_floor(tm
     assert shrink["parts"]["DRAM"] == pytest.approx(512 * 4096 * 2 / 4.3e12 * 1e6, rel=0.1)
     # The benchmark's report does not take it for a result of a GPU.
     assert render(tmp_path) == NOTHING
+
+
+@pytest.fixture(scope="module")
+def veras_launches(tmp_path_factory):
+    path = tmp_path_factory.mktemp("forecast") / "vera.json"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    options = ["--method", "vera", "--tokens", "512", "--r", "256", "--linears", "o", "--json", str(path)]
+    command = [sys.executable, "-m", "tools.forecast", *options]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(path.read_text())["launches"]
+
+
+def test_pytorchs_products_take_their_floor_over_0_85(veras_launches):
+    products = [row for row in veras_launches if row["kernel"] in ("mm", "addmm")]
+    # p and y; dp, dx and D.
+    assert [row["side"] for row in products] == ["forward"] * 2 + ["backward"] * 3
+    p = products[0]
+    read_and_written = 2 * 512 * 4096 + 2 * 512 * 4096 + 4 * 512 * 512
+    assert p["floor"] == pytest.approx(max(read_and_written / 4.3e12, 2 * 512 * 4096 * 512 / 790e12) * 1e6)
+    assert all(row["us"] == pytest.approx(row["floor"] / 0.85 + predict.NODE) for row in products)
+
+
+def test_no_launch_of_vera_moves_more_than_twice_the_bytes_that_it_is_given(veras_launches):
+    moved = {
+        f"{row['side']} {row['kernel']}": row["bytes_moved"] / row["bytes"] for row in veras_launches if "grid" in row
+    }
+    assert len(moved) == 4
+    assert {kernel: ratio for kernel, ratio in moved.items() if not 0.5 < ratio < 2} == {}
 
 
 def test_measured_over_forecast_is_printed_for_each_kernel_of_ours(tmp_path, monkeypatch, capsys):

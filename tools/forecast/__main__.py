@@ -28,7 +28,13 @@ LINEARS = {
 # Out of L2, bytes per second: the low end of what is likely.
 L2 = 5.5e12
 # Method, rank and tokens of the blocks that are forecast where the options name none.
-BLOCKS = (("vblora", 4, 256), ("vblora", 4, 4096), ("vera", 256, 4096))
+BLOCKS = (
+    ("vblora", 4, 256),
+    ("vblora", 4, 4096),
+    ("vera", 256, 256),
+    ("vera", 256, 4096),
+    ("vera", 1024, 4096),
+)
 
 
 def forecast(
@@ -43,12 +49,17 @@ def forecast(
         together = count if method == "vblora" and p == 0 and M > FEW_ROWS else 1
         for side, calls in collect(method, K, N, M, r=r, h=h, p=p, together=together).items():
             for call in calls:
-                # Two launches may be the same, as those of k and v.
-                key = repr((call.compiled.kernel, call.grid, sorted(call.activations), call.arguments))
-                if key not in known:
-                    known[key] = predict.predict(call, rates)
-                row = {"method": method, "r": r, "tokens": M, "linear": name, "count": count // together, "side": side}
-                row |= known[key]
+                # Of linears that read one x the projected input is made once.
+                units, of_side = (1, "forward") if side == "project" else (count // together, side)
+                row = {"method": method, "r": r, "tokens": M, "linear": name, "count": units, "side": of_side}
+                if isinstance(call, predict.Operation):
+                    row |= predict.predict_operation(call, rates)
+                else:
+                    # Two launches may be the same, as those of k and v.
+                    key = repr((call.compiled.kernel, call.grid, sorted(call.activations), call.arguments))
+                    if key not in known:
+                        known[key] = predict.predict(call, rates)
+                    row |= known[key]
                 rows.append(row)
                 print(_line(row), flush=True)
     return rows
@@ -103,11 +114,12 @@ _HEAD = (
 
 
 def _line(row: dict[str, Any]) -> str:
-    grid = "x".join(map(str, row["grid"]))
-    spilled = f"; {row['spills']} bytes spilled" if row["spills"] else ""
+    grid = "x".join(map(str, row.get("grid", ())))
+    spilled = f"; {row['spills']} bytes spilled" if row.get("spills") else ""
     return (
         f"{row['method']:7} {row['tokens']:6} {row['linear']:8} {row['side']:8} {row['kernel'].strip('_'):24} "
-        f"{grid:>10} {row['registers']:4} {row['shared']:7} {row['instructions']:10} {row['us']:7.1f} "
+        f"{grid:>10} {row.get('registers', ''):4} {row.get('shared', ''):7} {row.get('instructions', ''):10} "
+        f"{row['us']:7.1f} "
         f"{row['floor']:7.1f}  {row['binds']}{spilled}"
     )
 

@@ -1,14 +1,16 @@
-"""The launches of an adapted linear, compiled for a Hopper GPU."""
+"""The launches of an adapted linear: ours, compiled for a Hopper GPU, and those of PyTorch's operators."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.aot import compiling
-from tools.forecast.predict import Launch
+from tools.forecast.predict import Launch, Operation
 from tools.kernels_report import vblora_passes, vblora_together_passes, vera_passes
 from vblora_triton.kernels import launch
 
@@ -16,16 +18,49 @@ from vblora_triton.kernels import launch
 HOT = 256
 
 
+# Of PyTorch's operators those that launch nothing: views, and new memory.
+SILENT = ("empty", "view", "slice", "select", "permute", "transpose", "detach", "expand", "alias", "aten.t.")
+
+
+class _Operations(TorchDispatchMode):
+    """Note what PyTorch launches."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if not any(silent in name for silent in SILENT):
+            given = [t for t in args if isinstance(t, Tensor)]
+            is_product = ".mm." in name or ".addmm." in name
+            # addmm is given what it adds before the factors; times beta 0, it is not read.
+            factors = given[-2:] if is_product else []
+            read = factors if is_product and not (kwargs or {}).get("beta", 0) else given
+            self._calls.append(
+                Operation(
+                    name.removeprefix("aten.").rpartition(".")[0],
+                    sum(t.numel() * t.element_size() for t in (*read, result)),
+                    2 * factors[0].shape[0] * factors[0].shape[1] * factors[1].shape[1] if factors else 0,
+                )
+            )
+        return result
+
+
 def collect(
     method: str, K: int, N: int, M: int, *, r: int, h: int = 256, p: float = 0.0, together: int = 1
-) -> dict[str, list[Launch]]:
-    """Every launch of forward and backward of an adapted linear in bf16; on meta tensors, so that nothing runs.
+) -> dict[str, list[Launch | Operation]]:
+    """Every launch of an adapted linear in bf16; on meta tensors, so that nothing runs.
 
     Args:
         method: "vblora" or "vera".
         h: vectors of VB-LoRA's bank, each of 256 elements.
         p: dropout.
         together: of VB-LoRA, how many such linears read one x and are computed as one node.
+    Returns:
+        Those of "project", which VeRA's forward begins with, once for all linears that read the same x; of "forward"
+        beside them; and of "backward".
     """
     if together > 1:
         passes = vblora_together_passes(K, N, M, h, torch.bfloat16, count=together, r=r)
@@ -34,8 +69,11 @@ def collect(
     else:
         passes = vera_passes(K, N, M, torch.bfloat16, r=r, p=p)
     given = list(passes.given)
-    calls: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = []
-    found: dict[str, list[Launch]] = {}
+    calls: list[Any] = []
+    found: dict[str, list[Launch | Operation]] = {}
+    with launch.intercepted(lambda *_: None):
+        # What is made at the first use alone.
+        passes.project()
     with compiling("sm_90") as compiled:
         compile_only = launch._launcher
 
@@ -44,22 +82,23 @@ def collect(
             calls.append((kernel, grid, arguments))
 
         def launches(side: str, streamed: list[Tensor], owned: list[Tensor]) -> None:
+            code, streamed = iter(compiled), streamed if M > HOT else []
             found[side] = [
-                Launch(
-                    *call,
-                    code,
-                    _among(call[2], streamed if M > HOT else []),
-                    _among(call[2], owned),
-                )
-                for call, code in zip(calls, compiled, strict=True)
+                call
+                if isinstance(call, Operation)
+                else Launch(*call, next(code), _among(call[2], streamed), _among(call[2], owned))
+                for call in calls
             ]
             calls.clear()
             compiled.clear()
 
-        with launch.intercepted(note):
+        with launch.intercepted(note), _Operations(calls) if method == "vera" else nullcontext():
+            passes.project()
+            launches("project", [given[0]], given)
             kept = passes.forward(None)
             # x and y; what forward keeps beside y was written just now.
             launches("forward", [given[0], *kept[:together]], [*given, *kept])
+            found["forward"] = found["forward"][len(found["project"]) :]
             grads = passes.backward(kept)
             # What forward kept has long left L2.
             launches("backward", [given[0], *kept, grads[0]], [*given, *kept, *grads])

@@ -26,6 +26,8 @@ DRAM_ALONE, L2_ALONE = 40, 64
 NODE = 1.3
 # Operations per second of the matrix units: dense bf16 of an H100 or H200, as cuBLAS reaches it.
 FLOPS = 790e12
+# Share of its floor that PyTorch's library reaches in a product, and µs of an operator that moves next to nothing.
+LIBRARY, SMALL = 0.85, 1.0
 # Programs of one multiprocessor that are simulated, and of one launch that are followed: of more the time is scaled.
 SIMULATED, FOLLOWED = 26, 400
 
@@ -47,6 +49,15 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """A launch of PyTorch's: its name, the bytes that it cannot do without, and the operations of the matrix units."""
+
+    name: str
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class Rates:
     """Bytes per second over all multiprocessors."""
 
@@ -54,12 +65,29 @@ class Rates:
     l2: float
 
 
+def predict_operation(call: Operation, rates: Rates) -> dict[str, Any]:
+    """As `predict`. A product takes its floor / LIBRARY, all else what its bytes take out of L2, and SMALL at least."""
+    parts = {"DRAM": call.bytes / rates.dram * 1e6, "matrix units": call.flops / FLOPS * 1e6}
+    if not call.flops:
+        parts = {"L2": call.bytes / rates.l2 * 1e6}
+    most = max(parts, key=lambda part: parts[part])
+    us = parts[most] / LIBRARY if call.flops else max(parts[most], SMALL)
+    return {
+        "kernel": call.name,
+        "us": us + NODE,
+        "floor": parts[most] if call.flops else 0.0,
+        "binds": most,
+        "parts": parts,
+    }
+
+
 def predict(call: Launch, rates: Rates) -> dict[str, Any]:
     """What a launch would take.
 
     Returns:
         us: its time in µs with the gap to the next kernel; floor: of its bytes and operations; binds: what it waits
-        for; parts: µs that each resource is busy; and what it uses of a multiprocessor.
+        for; parts: µs that each resource is busy; bytes_moved through L2, and bytes of all that it is given; and what
+        it uses of a multiprocessor.
     Raises:
         UndeclaredError: the source does not say how often a loop runs.
     """
@@ -102,6 +130,8 @@ def predict(call: Launch, rates: Rates) -> dict[str, Any]:
         "floor": max(stream, parts["matrix units"]),
         "binds": most if result.cycles * us < 1.35 * parts[most] else f"latency, then {most}",
         "parts": parts,
+        "bytes_moved": parts["L2"] * rates.l2 / 1e6,
+        "bytes": sum(_bytes(value) for value in call.arguments.values() if isinstance(value, Tensor)),
     }
 
 

@@ -132,18 +132,17 @@ def check_projected_input(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, d
     """Check that a projection can be one of x by A, and that no dropout is in force beside it."""
     if dropout > 0:
         raise ValueError(f"`projected` was made without dropout, but `dropout_p` is {dropout}; leave `projected` out.")
-    M = math.prod(x.shape[:-1])
-    packed = values.dtype == torch.int16
-    if values.dtype not in (torch.int16, torch.float32) or scale.dtype != torch.float32:
-        raise TypeError(
-            f"`projected` has values of {values.dtype} and a scale of {scale.dtype}; make it with vera_project(x, A)."
-        )
+    M, r = math.prod(x.shape[:-1]), A.shape[0]
+    if values.dtype not in (torch.int16, torch.float32):
+        raise TypeError(f"`projected` has values of {values.dtype}; make it with vera_project(x, A).")
     if not (values.is_contiguous() and scale.is_contiguous()):
         raise ValueError("`projected` is not contiguous; make it with vera_project(x, A).")
-    if values.shape != (M, A.shape[0]) or scale.shape != (M if packed else 0,) or values.device != x.device:
+    # Packed, or the bits of float32, or float32.
+    columns = (r, 2 * r) if values.dtype == torch.int16 else (r,)
+    if values.dim() != 2 or values.shape[0] != M or values.shape[1] not in columns or values.device != x.device:
         raise ValueError(
             f"`projected` has values of shape {tuple(values.shape)} on {values.device}; with x {tuple(x.shape)} on "
-            f"{x.device} and A {tuple(A.shape)} they must be {(M, A.shape[0])}. Make it with vera_project(x, A)."
+            f"{x.device} and A {tuple(A.shape)} they must be {(M, r)}. Make it with vera_project(x, A)."
         )
 
 

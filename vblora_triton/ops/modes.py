@@ -6,6 +6,7 @@ Most of it torch keeps private. Nothing else in the package looks there.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def is_transformed() -> bool:
@@ -106,3 +108,31 @@ class TensorState(NamedTuple):
             # While the weak reference lives, no other storage has its address.
             and self.storage.cdata == tensor.untyped_storage()._cdata
         )
+
+
+# tensor -> its state, and what was made of it then.
+_beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def kept_beside(tensor: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """Return make(), made once of a frozen tensor and kept as long as that lives and keeps its values (`TensorState`).
+
+    Nothing is kept of a tensor of inference mode, whose changes are not counted, nor what is made while a CUDA graph is
+    captured, whose memory is the graph's.
+    """
+    if tensor.is_inference():
+        return make()
+    state, made = _beside.get(tensor, (None, {}))
+    if state is None or not state.holds(tensor):
+        state, made = TensorState.of(tensor), {}
+    if key in made:
+        return made[key]
+    # What is kept outlives an inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        found = make()
+    if not (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if tensor.is_cuda:
+            # Other streams may read it from now on.
+            torch.cuda.current_stream(tensor.device).synchronize()
+        _beside[tensor] = state, made | {key: found}
+    return found

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vblora_triton.ops.modes import kept_beside
 from vblora_triton.ops.register import Differentiable, Operator, on_device, rows_of
 
 
@@ -22,7 +23,25 @@ def _kernels() -> SimpleNamespace:
     from vblora_triton.kernels import dropout, vera
 
     found = {name: value for name, value in vars(vera).items() if name.startswith("launch_")}
-    return SimpleNamespace(**found, Dropout=dropout.Dropout, ProjectedInput=vera.ProjectedInput)
+    return SimpleNamespace(**found, Dropout=dropout.Dropout, ProjectedInput=vera.ProjectedInput, operand=vera.operand)
+
+
+def frozen_terms(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """[high; low; high] of A, (3 r, columns), where high + low = A to 16 bits in bf16, or 22 in fp16.
+
+    Made once for all layers and adapters that share A, and kept beside it, on its device, while it has these values.
+    """
+
+    def made() -> Tensor:
+        high = A.to(dtype)
+        return torch.cat((high, (A.float() - high.float()).to(dtype), high))
+
+    return kept_beside(A, dtype, made)
+
+
+def _frozen(A: Tensor, x_dtype: torch.dtype, K: int, all_fp32: bool) -> Tensor:
+    """What the products with A take."""
+    return A[:, :K].float() if all_fp32 else frozen_terms(A, _kernels().operand(x_dtype))[:, :K]
 
 
 _PROJECTED = "Tensor values, Tensor scale"
@@ -33,19 +52,20 @@ def _project(x: Tensor, A: Tensor, all_fp32: bool, dropout_p: float, seed: Tenso
         # The projection of nothing is zero, whatever there is of it.
         values, scale = _project_fake(x, A, all_fp32, dropout_p, seed)
         return values.zero_(), scale.zero_()
-    K = x.shape[-1]
+    r, K = A.shape[0], x.shape[-1]
     with on_device(x.device):
-        kernels = _kernels()
-        return kernels.launch_project(rows_of(x), A[:, :K], kernels.Dropout.of(dropout_p, seed), all_fp32=all_fp32)
+        kernels, frozen = _kernels(), _frozen(A, x.dtype, K, all_fp32)
+        return kernels.launch_project(rows_of(x), frozen, r, kernels.Dropout.of(dropout_p, seed), all_fp32=all_fp32)
 
 
 def _project_fake(x: Tensor, A: Tensor, all_fp32: bool, *_: Any) -> tuple[Tensor, Tensor]:
-    from vblora_triton.kernels.tuning import packs
+    from vblora_triton.kernels.tuning import PACK_GROUP, cdiv, packed_columns
 
-    M = math.prod(x.shape[:-1])
-    packed = packs(M, all_fp32)
-    values = x.new_empty((M, A.shape[0]), dtype=torch.int16 if packed else torch.float32)
-    return values, x.new_empty((M if packed else 0,), dtype=torch.float32)
+    M, r = math.prod(x.shape[:-1]), A.shape[0]
+    if all_fp32:
+        return x.new_empty((M, r)), x.new_empty(0, dtype=torch.bfloat16)
+    values = x.new_empty((M, packed_columns(M, r)), dtype=torch.int16)
+    return values, x.new_empty(M * cdiv(r, PACK_GROUP), dtype=torch.bfloat16)
 
 
 project = Operator(
@@ -114,18 +134,23 @@ def _linear_bwd(
         return grads if others_dx is None else [others_dx, *grads[1:]]
     if others_dx is not None:
         grads[0] = others_dx
-    kernels, dy_rows, scales = _kernels(), rows_of(dy), (lambda_b.contiguous(), lambda_d.contiguous())
-    all_fp32 = is_all_fp32(x_dtype, dy.dtype)
+    kernels, all_fp32 = _kernels(), is_all_fp32(x_dtype, dy.dtype)
     with on_device(dy.device):
-        if need_x:
-            dropout, dx_rows, adds = kernels.Dropout.of(dropout_p, seed), rows_of(grads[0]), others_dx is not None
-            kernels.launch_input_grad(
-                dy_rows, *scales, A[:, :K], B[:N], dropout, dx_rows, all_fp32=all_fp32, add_to_dx=adds
-            )
-        if any(need_scales):
-            projected = kernels.ProjectedInput(values, scale)
-            both = kernels.launch_scale_grads(dy_rows, projected, *scales, B[:N], all_fp32=all_fp32)
-            grads[need_x:] = [grad for grad, need in zip(both, need_scales, strict=True) if need]
+        found = kernels.launch_bwd(
+            rows_of(dy),
+            kernels.ProjectedInput(values, scale),
+            lambda_b.contiguous(),
+            lambda_d.contiguous(),
+            _frozen(A, x_dtype, K, all_fp32),
+            B[:N],
+            kernels.Dropout.of(dropout_p, seed),
+            rows_of(grads[0]) if need_x else None,
+            need_scales=any(need_scales),
+            all_fp32=all_fp32,
+            add_to_dx=others_dx is not None,
+        )
+    if found is not None:
+        grads[need_x:] = [grad for grad, need in zip(found, need_scales, strict=True) if need]
     return grads
 
 
