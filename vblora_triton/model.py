@@ -185,8 +185,9 @@ class PeftModel(AdaptedModel, nn.Module):
         config = own_config(peft_config)
         if config.peft_type != self.peft_type:
             raise TypeError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}; "
-                f"give a {self.base_model.config_class.__name__}."
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}: "
+                f"`peft_config` is a {type(config).__name__}; give a vblora_triton."
+                f"{self.base_model.config_class.__name__}."
             )
         self.base_model.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, self.task_heads)
 

@@ -215,6 +215,7 @@ def test_memory_stays_below_the_largest_file(large, tmp_path):
     assert grown > 2**20
 
 
+@pytest.mark.filterwarnings("ignore:.*which this model does not have")
 def test_unfit_bases_are_refused_by_name_and_nothing_is_left(tmp_path):
     saved = save(tmp_path, *CASES["vblora-full-linear"], max_shard_size="30KB")
     cases = {

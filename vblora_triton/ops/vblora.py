@@ -57,6 +57,7 @@ def vblora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     backend: str = "auto",
+    together: bool = True,
 ) -> Tensor:
     """Add the low-rank update of VB-LoRA to the output of the base layer.
 
@@ -77,6 +78,8 @@ def vblora_linear(
         dropout_p: the probability that an element of x is dropped, in [0, 1], while `training`; the kernels round it
             to a multiple of 2^-15, and scale by what they rounded to.
         backend: "auto", "triton", "cpu" or "reference"; see `use_backend`.
+        together: inside a model's forward the call may be computed with others that read x, before or after their time
+            (`triton_together`): False where values change between them without a trace, as hooks may do by `.data`.
     Returns:
         (*batch, out), in the dtype of `base`, or of `x` where there is none or it is a FrozenLinear.
     Raises:
@@ -85,8 +88,10 @@ def vblora_linear(
     """
     arguments = (base, logits_A, logits_B, vector_bank, topk, dropout_p, training, backend)
     chosen = _settle_linear(x, *arguments)
-    if chosen.may_hand_on and (y := linear_together(_settle_linear, chosen, x, *arguments)) is not None:
-        return y
+    if together and chosen.may_hand_on:
+        y = linear_together(_settle_linear, chosen, x, *arguments)
+        if y is not None:
+            return y
     base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
     alias = newest_alias(x) if chosen.may_hand_on else None
     with no_autocast(x.device.type):

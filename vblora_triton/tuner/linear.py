@@ -78,8 +78,7 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.r and name not in self.merged_adapters]
-        # Hooks of this layer may change what it, or its neighbours, read.
-        own = self.owns_base and adapters and not (args or kwargs or self._forward_pre_hooks or self._forward_hooks)
+        own = self.owns_base and adapters and not (args or kwargs)
         base = frozen_linear(self.base_layer, x) if own else None
         y: Any = self.base_layer(x, *args, **kwargs) if base is None else base
         for adapter in adapters:

@@ -185,7 +185,8 @@ class Linear(AdaptedLinear, VBLoRALayer):
             own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
             return ops.vblora_linear_selected(x, base, *own.selection(), bank, **options)
         logits = (parameter_of(self, "vblora_logits_A", adapter), parameter_of(self, "vblora_logits_B", adapter))
-        return ops.vblora_linear(x, base, *logits, bank, self.topk[adapter], **options)
+        hooked = self._forward_pre_hooks or self._forward_hooks
+        return ops.vblora_linear(x, base, *logits, bank, self.topk[adapter], together=not hooked, **options)
 
     def _get_low_rank_matrix(self, logits: Tensor, vblora_vector_bank: Tensor, topk: int) -> Tensor:
         """Mix, for each row of logits (*rows, num_vectors), its top-k bank vectors: (*rows, vector_length)."""
