@@ -79,6 +79,10 @@ class Case:
         """For example layer/fwd_bwd/llama2_7b_q-r4-h256/M4096/bf16/vblora."""
         return f"{self.suite}/{direction}/{self.name}/M{self.M}/{self.dtype}/{self.method}"
 
+    def target_modules(self) -> list[str]:
+        """The names of what is adapted, of those that there are: a layer alone is its q_proj."""
+        return list(self.targets[:1] if self.suite == "layer" else self.targets)
+
     def adapted(self) -> list[bool]:
         """Whether each of `shapes` is adapted."""
         count = len(self.shapes()) // len(ALL_LINEARS)

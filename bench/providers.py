@@ -59,7 +59,7 @@ def alone(case: Case, base: nn.Module) -> nn.Module:
 
 def config_of(library: Any, case: Case, **changes: Any) -> Any:
     """The configuration of the case's method by PEFT or by this package, whose names are the same."""
-    common = {"r": case.r, "target_modules": list(case.targets)} | changes
+    common = {"r": case.r, "target_modules": case.target_modules()} | changes
     if case.method == "vera":
         return library.VeraConfig(**common)
     return library.VBLoRAConfig(**common, num_vectors=case.h, vector_length=case.b, topk=case.k)
@@ -117,7 +117,7 @@ def lora(r: int | None) -> Adapt:
 
     def config(peft: Any, case: Case) -> Any:
         rank = case.r if r is None else r
-        return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(case.targets))
+        return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=case.target_modules())
 
     return peft_adapter(config)
 

@@ -198,7 +198,7 @@ def compose(vector_length: int) -> dict[str, int]:
 FEW_VERA_ROWS = 64
 # Columns of p that have one scale.
 PACK_GROUP = 128
-# Elements up to which p is too small to be worth packing: 2^16 levels are fewer than the error bound asks for now and
+# Elements below which p is too small to be worth packing: 2^16 levels are fewer than the error bound asks for now and
 # then where few elements have a part in a gradient.
 UNPACKED = 2**18
 
@@ -208,7 +208,7 @@ def packed_columns(M: int, r: int) -> int:
 
     Without a question about M, so that a graph holds for any.
     """
-    return r * (1 + torch.sym_min(1, UNPACKED // torch.sym_max(M * r, 1)))
+    return r * (1 + torch.sym_min(1, (UNPACKED - 1) // torch.sym_max(M * r, 1)))
 
 
 def terms() -> int:
