@@ -17,6 +17,8 @@ ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_
 	tests/test_auto.py tests/test_injected.py tests/test_hub.py tests/test_card.py tests/test_status.py \
 	tests/test_optim.py tests/tuner tests/vblora \
 	tests/vera tests/documented tests/integrations tests/exchange
+# These take long, and know nothing of peft.
+KERNEL_TESTS := tests/vblora/test_selection.py tests/vera/test_shared_projection.py
 
 .PHONY: help demo test test-without-peft check fix bench report kernels-report forecast host peft-suite package gpu clean
 
@@ -49,7 +51,7 @@ test: test-without-peft
 	$(PYTEST) --benchmark-disable
 
 test-without-peft: $(VENV)/.installed
-	$(PYTEST) -p tests.without_peft $(ADAPTER_TESTS)
+	$(PYTEST) -p tests.without_peft $(ADAPTER_TESTS) $(KERNEL_TESTS:%=--ignore=%)
 
 check: $(VENV)/.installed
 	$(PY) -m ruff check .
