@@ -35,6 +35,7 @@ ORDER = [
     ["vblora_triton/methods", "vblora_triton/tuners"],
     [
         "vblora_triton/card",
+        "vblora_triton/distributed",
         "vblora_triton/folder",
         "vblora_triton/optim",
         "vblora_triton/status",

@@ -1,10 +1,12 @@
 """Optimizer groups: every trainable parameter in one, at its own rate."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from vblora_triton.optim import parameter_groups
+from vblora_triton.optim import LazyAdamW, parameter_groups
 from vblora_triton.peft_model import get_peft_model
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vera.config import VeraConfig
@@ -98,3 +100,68 @@ def test_a_model_with_nothing_to_train_is_refused():
     model = _Net().requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         parameter_groups(model)
+
+
+def by_hand(logits, gradients, topk, lr, decay):
+    """LazyAdamW of one tensor of logits (rows, h), an entry at a time, in Python's own numbers."""
+    p, m, v = logits.tolist(), torch.zeros_like(logits).tolist(), torch.zeros_like(logits).tolist()
+    for t, gradient in enumerate(gradients, start=1):
+        for row, values in enumerate(gradient.tolist()):
+            for i in sorted(range(len(values)), key=lambda i: (-p[row][i], i))[:topk]:
+                p[row][i] *= 1 - lr * decay
+                m[row][i] = 0.8 * m[row][i] + 0.2 * values[i]
+                v[row][i] = 0.9 * v[row][i] + 0.1 * values[i] ** 2
+                p[row][i] -= lr * (m[row][i] / (1 - 0.8**t)) / ((v[row][i] / (1 - 0.9**t)) ** 0.5 + 1e-3)
+    return torch.tensor(p), torch.tensor(m), torch.tensor(v)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 7])
+def test_lazy_adamw_moves_what_is_selected_and_leaves_the_rest(topk):
+    torch.manual_seed(0)
+    settings = {"lr": 0.3, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
+    logits, other = (nn.Parameter(torch.randn(3, 2, 7, dtype=torch.float64)) for _ in range(2))
+    dense = nn.Parameter(other.detach().clone())
+    optimizer = LazyAdamW([{"name": "logits", "params": [logits]}, {"params": [other]}], topk, **settings)
+    adamw = torch.optim.AdamW([dense], **settings)
+    before, gradients = logits.detach().clone().view(-1, 7), []
+    for _ in range(6):
+        # Selections change on the way: a step of 0.3 is larger than what is between two logits.
+        logits.grad, other.grad = torch.randn_like(logits), torch.randn_like(other)
+        gradients.append(logits.grad.view(-1, 7))
+        dense.grad = other.grad.clone()
+        optimizer.step()
+        adamw.step()
+    wanted = by_hand(before, gradients, topk, 0.3, 0.1)
+    state = optimizer.state[logits]
+    for found, hand in zip((logits, state["exp_avg"], state["exp_avg_sq"]), wanted, strict=True):
+        torch.testing.assert_close(found.detach().view(-1, 7), hand.double(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(other, dense)
+    # Entries that were never selected have no moments, and are what they were.
+    never = state["exp_avg_sq"].view(-1, 7) == 0
+    assert torch.equal(logits.detach().view(-1, 7)[never], before[never])
+    assert never.any() == (topk < 7)
+
+
+def test_lazy_adamw_with_all_vectors_is_adamw_and_their_states_go_both_ways(model):
+    torch.manual_seed(0)
+    twin = copy.deepcopy(model)
+    lazy = LazyAdamW(parameter_groups(model, weight_decay=0.1), topk=5, lr=0.2)
+    adamw = torch.optim.AdamW(parameter_groups(twin, weight_decay=0.1), lr=0.2)
+    for _ in range(3):
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            if one.requires_grad:
+                one.grad = torch.randn_like(one)
+                other.grad = one.grad.clone()
+        lazy.step()
+        adamw.step()
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+        states = lazy.state_dict(), adamw.state_dict()
+        lazy.load_state_dict(states[1])
+        adamw.load_state_dict(states[0])
+
+
+def test_lazy_adamw_refuses_numbers_out_of_range(model):
+    for wrong in ({"topk": 0}, {"lr": -1.0}, {"eps": float("nan")}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is "):
+            LazyAdamW(parameter_groups(model), **{"topk": 2} | wrong)

@@ -1,13 +1,17 @@
-"""Optimizer groups: the parts of an adapter and everything else each train at a rate of their own."""
+"""Optimizer groups, for the parts of an adapter each train at a rate of their own; and AdamW for sparse gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from vblora_triton.methods import methods
+from vblora_triton.ops import selected_entries
 
 
 def parameter_groups(
@@ -64,3 +68,103 @@ def parameter_groups(
         for name, settings in groups.items()
         if members[name]
     ]
+
+
+class LazyAdamW(torch.optim.Optimizer):
+    """AdamW that touches, of each row of logits, the k entries alone that are selected: the others have no gradient.
+
+        t <- t + 1
+        for index in top_k(logits[row]), with g = gradient[row, index] and m, v, p of the same entry:
+            p <- (1 - lr weight_decay) p
+            m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
+            p <- p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    It reads all logits once, to find the entries, where AdamW reads and writes parameters, gradients and two moments
+    whole. It is another optimizer, not AdamW computed in another way: entries that are not selected keep their moments
+    instead of letting them fade, stay where they are instead of moving on by what is left of their momentum, and are
+    not decayed; t counts the steps of the tensor, not those of the entry. With k = num_vectors it is AdamW. All other
+    groups train by AdamW. State dicts go both ways between the two.
+
+        optimizer = LazyAdamW(parameter_groups(model), topk=model.peft_config["default"].topk)
+
+    Not for CUDA graphs, nor for GradScaler's fused unscaling: t is a number on the CPU.
+
+    Args:
+        params: groups; those whose "name" is "logits", as `parameter_groups` calls them, are lazy.
+        topk: k, of the adapters' configuration; a group may have a "topk" of its own.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW has them.
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        topk: int,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        at_least = {"topk": (topk, 1), "lr": (lr, 0), "eps": (eps, 0), "weight_decay": (weight_decay, 0)}
+        for name, (value, least) in at_least.items():
+            if not value >= least:
+                raise ValueError(f"`{name}` is {value}; give at least {least}.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"`betas` is {betas}; give two numbers of at least 0 and below 1.")
+        super().__init__(params, {"topk": topk, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; `closure`, where there is one, computes the loss anew, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            found = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in found:
+                if not self.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[parameter].update(step=torch.tensor(0.0), **moments)
+            if group.get("name") == "logits":
+                for parameter in found:
+                    self._step_selected(parameter, group)
+            elif found:
+                states = [self.state[parameter] for parameter in found]
+                adamw(
+                    found,
+                    [parameter.grad for parameter in found],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [],
+                    [state["step"] for state in states],
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+                )
+        return loss
+
+    def _step_selected(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        state["step"] += 1
+        t = state["step"].item()
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        logits, grads, exp_avg, exp_avg_sq = (_own_rows(tensor) for tensor in tensors)
+        entries = selected_entries(logits, group.get("topk", self.defaults["topk"]))
+        g, m, v, p = (rows.gather(1, entries) for rows in (grads, exp_avg, exp_avg_sq, logits))
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        scale = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
+        p.addcdiv_(m, scale, value=-group["lr"] / (1 - beta1**t))
+        for rows, values in ((exp_avg, m), (exp_avg_sq, v), (logits, p)):
+            rows.scatter_(1, entries, values)
+
+
+def _own_rows(tensor: Any) -> Tensor:
+    """Logits, or what goes with them, as the memory of the rows that this process holds: FSDP2 keeps whole rows."""
+    own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own.view(-1, own.shape[-1])

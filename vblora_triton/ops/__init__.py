@@ -9,6 +9,7 @@ from vblora_triton.ops.reference import FrozenLinear, Selection
 from vblora_triton.ops.vblora import (
     compose,
     select,
+    selected_entries,
     vblora_linear,
     vblora_linear_selected,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "backends_that_run",
     "compose",
     "select",
+    "selected_entries",
     "use_backend",
     "vblora_linear",
     "vblora_linear_selected",

@@ -151,6 +151,21 @@ def select(logits_A: Tensor, logits_B: Tensor, topk: int, *, backend: str = "aut
         return Selection(*choose("select", backend, sizes, 0.0, logits_A, logits_B).run(logits_A, logits_B, topk))
 
 
+def selected_entries(logits: Tensor, topk: int) -> Tensor:
+    """Return where the gradient of logits may differ from zero: their top-k entries, as `vblora_linear` selects them.
+
+    Args:
+        logits: (*rows, num_vectors), floating.
+        topk: 1 <= topk <= num_vectors.
+    Returns:
+        (rows, topk), int64.
+    Raises:
+        ValueError, TypeError: as `select`.
+    """
+    rows = logits.flatten(0, -2)
+    return select(rows[None], rows.new_empty(0, 1, rows.shape[-1]), topk).indices_A[0].long()
+
+
 def vblora_linear_selected(
     x: Tensor,
     base: Tensor | FrozenLinear | None,
