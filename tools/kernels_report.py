@@ -130,7 +130,8 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
     passes.backward(found, torch.empty_like(x))
     triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
     if not p and M > tuning.FEW_ROWS:
-        for count in (2, 3):
+        # Gate and up; q, k and v. Two in other settings take the tiles of one layer of twice the rank.
+        for count in (2, 3) if k == 2 and dtype == torch.bfloat16 else (3,):
             if count * sizes.get("r", 4) <= triton_together.MAX_RANKS:
                 together = vblora_together_passes(K, N, M, h, dtype, count=count, k=k, **sizes)
                 found = together.forward(None)
@@ -217,7 +218,8 @@ def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
                 row |= {name: kernel.arguments.get(f"{name}_ptr") is not None for name in ("Base", "Bias")}
                 for bits in (32, 64):
                     row[f"offsets_{bits}"] = activation_offsets(kernel.ttir, case["dtype"], bits)
-                if with_sass and target.startswith("sm") and case["M"] == 4096:
+                # Of kernels that touch no activation nobody asks how they load.
+                if with_sass and target.startswith("sm") and case["M"] == 4096 and row["offsets_64"]:
                     code = sass(kernel)
                     row |= {
                         "wide_loads": len(re.findall(r"LDG(?:STS)?\.E[.\w]*\.128", code)),
