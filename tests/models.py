@@ -26,7 +26,7 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
     """Llama with grouped queries: k_proj and v_proj are half as wide as q_proj."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, **changes)
+    config = LlamaConfig(**sizes | {"num_key_value_heads": 2, "vocab_size": VOCABULARY} | changes)
     return LlamaForCausalLM(config).eval()
 
 

@@ -33,8 +33,8 @@ class Compiled:
     """One kernel compiled for one chip.
 
     registers: per thread. shared: bytes per program. spills: what went to local or scratch memory for want of
-    registers, in bytes per thread on NVIDIA, in registers on AMD. ttir: Triton's own code. binary: the cubin, or AMD's
-    assembly.
+    registers, in bytes per thread on NVIDIA, in registers on AMD. ttir: Triton's own code. ptx: NVIDIA's, or nothing.
+    binary: the cubin, or AMD's assembly.
     """
 
     kernel: str
@@ -44,6 +44,7 @@ class Compiled:
     shared: int
     spills: int
     ttir: str
+    ptx: str
     binary: bytes
 
 
@@ -131,9 +132,8 @@ def _read(kernel: Any, target: str, arguments: dict[str, Any]) -> Compiled:
         usage = kernel.asm["amdgcn"]
         binary = usage.encode()
         registers, spills = _number(r"\.vgpr_count:\s+", usage), _number(r"\.vgpr_spill_count:\s+", usage)
-    return Compiled(
-        kernel.metadata.name, target, arguments, registers, kernel.metadata.shared, spills, kernel.asm["ttir"], binary
-    )
+    code = {"ttir": kernel.asm["ttir"], "ptx": kernel.asm.get("ptx", ""), "binary": binary}
+    return Compiled(kernel.metadata.name, target, arguments, registers, kernel.metadata.shared, spills, **code)
 
 
 def _number(label: str, text: str) -> int:
@@ -141,11 +141,6 @@ def _number(label: str, text: str) -> int:
     if match is None:
         raise RuntimeError(f"The compiler's report has no {label!r}:\n{text[:2000]}")
     return int(match[1])
-
-
-def sass(compiled: Compiled) -> str:
-    """The machine code of a kernel compiled for NVIDIA, disassembled."""
-    return cuda_tool("nvdisasm", compiled.binary, "--print-code")
 
 
 def cuda_tool(name: str, cubin: bytes, *options: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.cases import LINEARS
-from tools.aot import SHARED_LIMIT, TARGETS, compiling, sass
+from tools.aot import SHARED_LIMIT, TARGETS, compiling
 from vblora_triton.kernels import tuning
 from vblora_triton.ops import triton_together, triton_vblora, triton_vera
 
@@ -179,8 +179,7 @@ def cases(names: list[str]) -> Iterator[dict]:
         {"r": 16},
         {"r": 64},
         {"p": 0.1},
-        {"b": 64},
-        {"k": 4},
+        {"b": 64, "k": 4},
     ):
         yield {"shape": names[0], "K": K, "N": N, "M": 4096, "h": 256, "dtype": "bf16"} | change
 
@@ -192,7 +191,17 @@ def activation_offsets(ttir: str, dtype: str, bits: int) -> int:
     return len(re.findall(rf"tt\.addptr .*!tt\.ptr<{pointer}>>, tensor<[\dx]*xi{bits}>", ttir)) if pointer else 0
 
 
-def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
+# Of PTX: loads and stores of 16 bytes a thread, loads of two, and those of the matrix unit, Hopper's and before.
+INSTRUCTIONS = {
+    "wide_loads": r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global [^;]* 0x10,",
+    "narrow_loads": r"ld\.global\.[bu]16",
+    "wide_stores": r"st\.global\.v4\.b32",
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+}
+
+
+def report(targets: list[str], names: list[str]) -> list[dict]:
     """One row for each kernel, chip and distinct set of compile-time choices."""
     rows: list[dict] = []
     seen: set[int] = set()
@@ -218,16 +227,8 @@ def report(targets: list[str], names: list[str], with_sass: bool) -> list[dict]:
                 row |= {name: kernel.arguments.get(f"{name}_ptr") is not None for name in ("Base", "Bias")}
                 for bits in (32, 64):
                     row[f"offsets_{bits}"] = activation_offsets(kernel.ttir, case["dtype"], bits)
-                # Of kernels that touch no activation nobody asks how they load.
-                if with_sass and target.startswith("sm") and case["M"] == 4096 and row["offsets_64"]:
-                    code = sass(kernel)
-                    row |= {
-                        "wide_loads": len(re.findall(r"LDG(?:STS)?\.E[.\w]*\.128", code)),
-                        "narrow_loads": len(re.findall(r"LDG\.E\.U16", code)),
-                        "wide_stores": len(re.findall(r"STG\.E[.\w]*\.128", code)),
-                        "hgmma": code.count("HGMMA"),
-                        "hmma": len(re.findall(r"\bHMMA", code)),
-                    }
+                if kernel.ptx:
+                    row |= {name: len(re.findall(pattern, kernel.ptx)) for name, pattern in INSTRUCTIONS.items()}
                 rows.append(row)
     return rows
 
@@ -236,10 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.kernels_report", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--sass", action="store_true", help="disassemble, and count wide loads and matrix instructions")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     options = parser.parse_args()
-    rows = report(options.targets, options.shapes, options.sass)
+    rows = report(options.targets, options.shapes)
     if options.json:
         print(json.dumps(rows))
         return

@@ -18,9 +18,10 @@ from vblora_triton.ops import shared_input
 TOKENS = (2, 40)
 
 
-def adapted(dtype=torch.bfloat16, checkpointing=None, **options):
+def adapted(dtype=torch.bfloat16, checkpointing=None, layers=2, **options):
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama().to(DEVICE, dtype), VeraConfig(r=20, target_modules="all-linear", **options))
+    base = tiny_llama(num_hidden_layers=layers).to(DEVICE, dtype)
+    model = get_peft_model(base, VeraConfig(r=20, target_modules="all-linear", **options))
     for name, parameter in model.named_parameters():
         if "lambda_b" in name:
             torch.nn.init.normal_(parameter)
@@ -124,19 +125,18 @@ def test_an_input_that_changes_is_projected_again_and_none_is_kept_alive():
 
 
 def test_dropout_is_not_shared():
-    model, ids = adapted(vera_dropout=0.3), tokens()
-    layers = model.config.num_hidden_layers
+    model, ids = adapted(vera_dropout=0.3, layers=1), tokens()
     torch.manual_seed(1)
     with_dropout = step(model, model, ids)
-    assert with_dropout[0] == 7 * layers
+    assert with_dropout[0] == 7
     torch.manual_seed(1)
     assert torch.equal(with_dropout[1], step(model.base_model.model, model, ids)[1])
-    exact, found = adapted(dtype=torch.float32, vera_dropout=0.3), []
+    exact, found = adapted(dtype=torch.float32, vera_dropout=0.3, layers=1), []
     for function in (exact, exact.base_model.model):
         torch.manual_seed(1)
         found.append(step(function, exact, ids))
     assert_alike(*found)
-    assert step(model.eval(), model, ids)[0] == 4 * layers
+    assert step(model.eval(), model, ids)[0] == 4
 
 
 def test_adapters_with_other_projections_do_not_meet():
@@ -156,7 +156,7 @@ def test_a_model_compiles_as_one_graph(backend):
     model, ids = adapted(dtype=torch.float32).eval(), tokens()
     for _, layer in model.base_model.adapted_layers():
         layer.backend = backend
-    compiled = torch.compile(model.base_model, fullgraph=True)
+    compiled = torch.compile(model.base_model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
