@@ -84,7 +84,7 @@ def _expand_fwd_kernel(
         tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask_mn)
 
 
-@triton.jit(do_not_specialize=["M", "blocks_m"])
+@triton.jit(do_not_specialize=["M", "blocks_m", "stride_dsm"])
 def _expand_bwd_kernel(
     DY_ptr,
     S_ptr,
@@ -99,6 +99,8 @@ def _expand_bwd_kernel(
     blocks_m,
     blocks_n,
     stride_sm,
+    stride_dsm,
+    stride_dbp,
     stride_dym,
     stride_dyn,
     VECTOR: tl.constexpr,
@@ -115,8 +117,8 @@ def _expand_bwd_kernel(
 
     Program (i, j) takes blocks_n blocks of BLOCK_C columns of dy (M, N), one after the other, and blocks_m of BLOCK_M
     rows. It mixes the rows of B (N, R) that a block meets once, and streams dy and s (M, R) past them: it reads each
-    element of dy once, adds up its rows of partial i of ds (partials, M, R), and writes its columns of partial j of dB
-    (partials, R, N).
+    element of dy once, adds up its rows of partial i of ds (partials, M, R), and writes what its columns are in partial
+    j of dB, whose rows are those of B's selection: (partials, N / VECTOR, R, VECTOR).
     """
     partial = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
@@ -144,7 +146,7 @@ def _expand_bwd_kernel(
             if DS_ptr is not None:
                 ds = dot(dy, b, tl.zeros((BLOCK_M, COPIES * R_PAD), dtype=tl.float32), INPUT_PRECISION)
                 ds = sum_copies(ds, R_PAD, COPIES)
-                ds_ptrs = DS_ptr + (partial * M + offs_m)[:, None] * R + offs_r[None, :]
+                ds_ptrs = DS_ptr + (partial * M + offs_m)[:, None] * stride_dsm + offs_r[None, :]
                 mask_mr = mask_m[:, None] & (offs_r < R)[None, :]
                 if MANY_BLOCKS:
                     # This program's own sum so far.
@@ -157,7 +159,8 @@ def _expand_bwd_kernel(
                 s = term(s, copy[None, :], SPLITS)  # (BLOCK_M, COPIES * R_PAD)
                 acc_db = dot(tl.trans(dy), s, acc_db, INPUT_PRECISION)
         if DB_ptr is not None:
-            db_ptrs = DB_ptr + (chunk * R + offs_r)[None, :] * N + offs_n[:, None]
+            offs_db = offs_n // VECTOR * (R * VECTOR) + offs_n % VECTOR
+            db_ptrs = DB_ptr + chunk * stride_dbp + offs_db[:, None] + (offs_r * VECTOR)[None, :]
             tl.store(db_ptrs, sum_copies(acc_db, R_PAD, COPIES), mask=mask_n[:, None] & (offs_r < R)[None, :])
         if MANY_BLOCKS:
             # The next block's threads read what these wrote.
@@ -215,36 +218,59 @@ def launch_expand_fwd(
     return s[0] if total is None else total
 
 
+def new_ds(M: int, N: int, dtype: torch.dtype, r: int, device: torch.device, layers: int = 1) -> Tensor:
+    """(partials, M, layers * r) fp32: where `launch_expand_bwd` writes ds, of layers of one N and rank side by side.
+
+    Args:
+        dtype: of dy.
+    """
+    blocks = tuning.cdiv(N, tuning.two_products(M, N, dtype, r)["BLOCK_C"])
+    partials = tuning.cdiv(blocks, tuning.blocks_each(blocks, r))
+    return torch.empty((partials, M, layers * r), dtype=torch.float32, device=device)
+
+
+def new_dB(M: int, N: int, dtype: torch.dtype, r: int, bank: Tensor, rows: int | None = None) -> Tensor:
+    """(partials, rows, vector_length) fp32: where `launch_expand_bwd` writes dB, of several layers one after the other.
+
+    Args:
+        N: of the widest of them; dtype: of dy.
+        rows: of the selections of B of them all; without it those of one layer.
+    """
+    partials = tuning.two_products(M, N, dtype, r)["PARTIALS"]
+    rows = N // bank.shape[1] * r if rows is None else rows
+    return torch.empty((partials, rows, bank.shape[1]), dtype=torch.float32, device=bank.device)
+
+
 def launch_expand_bwd(
     dy: Tensor,
     s: Tensor,
     vector_bank: Tensor,
     indices: Tensor,
     weights: Tensor,
-    *,
-    need_ds: bool,
-    need_dB: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    ds: Tensor | None,
+    dB: Tensor | None,
+) -> None:
     """ds = dy B and dB = dy^T s, in one pass over dy.
 
     Args:
         dy: (M, N), any strides.
         s: (M, r) fp32, its columns contiguous.
         vector_bank, indices, weights: as in `launch_expand_fwd`.
-    Returns:
-        ds (partials, M, r) and dB (partials, r, N), both fp32, to be added up in order; None where not needed.
+        ds: (partials, M, r) of `new_ds`, written, to be added up in order; None where not needed.
+        dB: (partials, N / vector_length * r, vector_length) of `new_dB`, likewise.
     """
     M, N = dy.shape
     r = s.shape[1]
     config = tuning.two_products(M, N, dy.dtype, r)
-    chunks, blocks = config.pop("PARTIALS"), tuning.cdiv(N, config["BLOCK_C"])
+    chunks, blocks_m, blocks = config.pop("PARTIALS"), config.pop("blocks_each"), tuning.cdiv(N, config["BLOCK_C"])
+    if dB is not None and dB.shape[0] != chunks:
+        # As many as wider layers beside this one have; those that find no rows left write zeros.
+        chunks = dB.shape[0]
+        blocks_m = tuning.cdiv(tuning.cdiv(M, chunks), config["BLOCK_M"])
     blocks_n = tuning.blocks_each(blocks, r)
-    partials = tuning.cdiv(blocks, blocks_n)
-    ds = torch.empty((partials, M, r), dtype=torch.float32, device=dy.device) if need_ds else None
-    dB = torch.empty((chunks, r, N), dtype=torch.float32, device=dy.device) if need_dB else None
     launch(
         _expand_bwd_kernel,
-        (partials, chunks),
+        (tuning.cdiv(blocks, blocks_n), chunks),
         DY_ptr=dy,
         S_ptr=s,
         Bank_ptr=vector_bank,
@@ -255,9 +281,11 @@ def launch_expand_bwd(
         M=M,
         N=N,
         R=r,
-        blocks_m=config.pop("blocks_each"),
+        blocks_m=blocks_m,
         blocks_n=blocks_n,
         stride_sm=s.stride(0),
+        stride_dsm=0 if ds is None else ds.stride(1),
+        stride_dbp=0 if dB is None else dB.stride(0),
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
         VECTOR=vector_bank.shape[1],
@@ -267,4 +295,3 @@ def launch_expand_bwd(
         **tuning.copies(dy.dtype, r),
         **config,
     )
-    return ds, dB

@@ -27,11 +27,10 @@ def test_gradient_of_the_bank_is_the_sum_over_the_rows_that_picked_it(picks, top
     indices_A, weights_A = selection_of(R * TILES_A, picks, topk)
     indices_B, weights_B = selection_of(TILES_B * R, picks, topk)
     dA = torch.randn(PARTIALS, R, TILES_A * VECTOR, device=DEVICE)
-    dB = torch.randn(1, R, TILES_B * VECTOR, device=DEVICE)
+    dB = torch.randn(1, TILES_B * R, VECTOR, device=DEVICE)
     arguments = {
         "vector_bank": torch.randn(H, VECTOR, device=DEVICE),
         "selection": (indices_A, weights_A, indices_B, weights_B),
-        "logits_shapes": (torch.Size((R, TILES_A, H)), torch.Size((TILES_B, R, H))),
         "logits_dtypes": (torch.float32, torch.float32),
         "need_logits_A": False,
         "need_logits_B": False,
@@ -39,7 +38,7 @@ def test_gradient_of_the_bank_is_the_sum_over_the_rows_that_picked_it(picks, top
     }
     *_, dbank = launch_parameter_grads(dA, dB, **arguments)
     rows_A = dA.double().sum(0).view(R * TILES_A, VECTOR)
-    rows_B = dB.double().sum(0).view(R, TILES_B, VECTOR).transpose(0, 1).reshape(TILES_B * R, VECTOR)
+    rows_B = dB.double().sum(0)
     expected = torch.zeros(H, VECTOR, dtype=torch.float64, device=DEVICE)
     for rows, indices, weights in ((rows_A, indices_A, weights_A), (rows_B, indices_B, weights_B)):
         for j in range(topk):

@@ -122,6 +122,32 @@ def test_x_is_read_once_from_the_second_step_on(r, expected):
     assert_alike(three.step(qkv), three.step(qkv, together=False))
 
 
+def test_one_launch_finds_the_gradients_of_all_their_parameters_and_one_adds_up_what_is_alike():
+    three = Three()
+    three.step(qkv)
+    with counted() as names:
+        three.step(qkv)
+    assert names.count("_parameter_grads_kernel") == 1
+    # k is narrower than q and v; with q, v beside each other are of one size.
+    assert names.count("_sum_partials_kernel") == 3
+    alike = Three()
+    alike.layers = nn.ModuleList(alike.layers[i] for i in (0, 2, 1))
+    alike.step(qkv)
+    with counted() as names:
+        found = alike.step(qkv)
+    assert names.count("_sum_partials_kernel") == 2
+    assert_alike(found, alike.step(qkv, together=False))
+
+
+def test_layers_whose_logits_differ_in_dtype_go_alone():
+    three = Three()
+    k = three.layers[1]
+    k.logits_B.data = k.logits_B.data.bfloat16()
+    three.step(qkv)
+    assert shrinks(three) == (3, 3)
+    assert_alike(three.step(qkv), three.step(qkv, together=False))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [18, 300])
 def test_in_every_dtype_they_are_as_exact_as_plain_pytorch(dtype, rows):

@@ -12,7 +12,7 @@ What else there is, and the kernels, are those of one layer: `triton_vblora`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -51,9 +51,9 @@ def linear_together(settle: Settle, chosen: Choice, x: Tensor, *arguments: Any) 
     followers, ranks = [], others[0].shape[0]
     for call in shared_input.followers_of(x, own):
         weight, bias, *rest = call
-        if any(isinstance(t, Tensor) and t.data_ptr() == 0 for t in call) or not (
-            rest[2] is others[2] and rest[3] == others[3]
-        ):
+        alike = rest[2] is others[2] and rest[3] == others[3]
+        alike = alike and [t.dtype for t in rest[:2]] == [t.dtype for t in others[:2]]
+        if not alike or any(isinstance(t, Tensor) and t.data_ptr() == 0 for t in call):
             break
         again = (FrozenLinear(weight, bias), *rest)
         ranks += rest[0].shape[0]
@@ -109,17 +109,40 @@ class Kept(NamedTuple):
 
     weight: Tensor
     s: Tensor
-    indices_B: Tensor
-    weights_B: Tensor
+
+
+class Saved(NamedTuple):
+    """What backward is given of forward.
+
+    rows_A, rows_B: which rows of both selections are each layer's.
+    """
+
+    x: Tensor
+    vector_bank: Tensor
+    selection: Selection
+    layers: list[Kept]
+    rows_A: list[slice]
+    rows_B: list[slice]
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def ranks(self) -> list[slice]:
+        """Which columns of s are each layer's."""
+        return _one_after_the_other(own.s.shape[1] for own in self.layers)
+
+    def selection_of(self, i: int) -> Selection:
+        r, topk = self.layers[i].s.shape[1], self.selection.indices_A.shape[1]
+        A = (t[self.rows_A[i]].view(r, -1, topk) for t in self.selection[:2])
+        B = (t[self.rows_B[i]].view(-1, r, topk) for t in self.selection[2:])
+        return Selection(*A, *B)
 
 
 def _grouped(values: Iterable[Any], kind: Any) -> list[Any]:
     return [kind(*group) for group in zip(*[iter(values)] * len(kind._fields), strict=True)]
 
 
-def _own_rows(ranks: Iterable[int]) -> list[slice]:
-    """Which rows of A are each layer's."""
-    ends = list(accumulate(ranks))
+def _one_after_the_other(sizes: Iterable[int]) -> list[slice]:
+    """Where those of each layer are among those of all."""
+    ends = list(accumulate(sizes))
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -134,33 +157,33 @@ class Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, vector_bank: Tensor, topk: int, *given: Any) -> tuple[Tensor, ...]:
         layers: list[Layer] = _grouped(given, Layer)
-        kernels, x_rows, tiles = launchers(), rows_of(x), layers[0].logits_A.shape[1]
-        rows = _own_rows(layer.logits_A.shape[0] for layer in layers)
-        R = rows[-1].stop
-        ys, kept, selections_B = [], [], []
+        kernels, x_rows = launchers(), rows_of(x)
+        logits = [(as_rows(layer.logits_A), as_rows(layer.logits_B)) for layer in layers]
+        rows_A, rows_B = (_one_after_the_other(len(own) for own in side) for side in zip(*logits, strict=True))
+        ranks = _one_after_the_other(layer.logits_A.shape[0] for layer in layers)
+        ys, kept = [], []
         with modes.below_autograd(), on_device(x.device):
-            indices = torch.empty((R, tiles, topk), dtype=torch.int32, device=x.device)
-            weights = torch.empty((R, tiles, topk), dtype=torch.float32, device=x.device)
             bank = vector_bank.contiguous()
-            A = kernels.new_terms(R, x.shape[-1], bank.shape[1], x.dtype, x.device)
-            for own, layer in zip(rows, layers, strict=True):
-                shape_B = (*layer.logits_B.shape[:2], topk)
-                selection_B = indices.new_empty(shape_B), weights.new_empty(shape_B)
-                selections_B.append(selection_B)
-                own_A = A[:, own.start * tiles : own.stop * tiles]
-                logits = as_rows(layer.logits_A), as_rows(layer.logits_B)
-                kernels.launch_select(*logits, (indices[own], weights[own], *selection_B), bank, own_A)
-            s = kernels.launch_shrink_fwd(x_rows, A, bank, indices, weights, R, kernels.Dropout.of(0.0, None))
-            for own, layer, selection_B in zip(rows, layers, selections_B, strict=True):
+            indices_A, indices_B = (
+                torch.empty((rows[-1].stop, topk), dtype=torch.int32, device=x.device) for rows in (rows_A, rows_B)
+            )
+            weights_A, weights_B = (torch.empty_like(t, dtype=torch.float32) for t in (indices_A, indices_B))
+            A = kernels.new_terms(ranks[-1].stop, x.shape[-1], bank.shape[1], x.dtype, x.device)
+            for both, of_A, of_B in zip(logits, rows_A, rows_B, strict=True):
+                selection = indices_A[of_A], weights_A[of_A], indices_B[of_B], weights_B[of_B]
+                kernels.launch_select(*both, selection, bank, A[:, of_A])
+            nothing = kernels.Dropout.of(0.0, None)
+            s = kernels.launch_shrink_fwd(x_rows, A, bank, indices_A, weights_A, ranks[-1].stop, nothing)
+            for own, of_B, layer in zip(ranks, rows_B, layers, strict=True):
                 y = x.new_empty((*x.shape[:-1], layer.weight.shape[0]))
                 y_rows = rows_of(y)
                 bias = None if layer.bias is None else layer.bias.expand(y_rows.shape)
-                own_s = kernels.launch_expand_fwd(s[..., own], bias, bank, *selection_B, y_rows)
+                own_s = kernels.launch_expand_fwd(s[..., own], bias, bank, indices_B[of_B], weights_B[of_B], y_rows)
                 y_rows.addmm_(x_rows, layer.weight.T)
                 ys.append(y)
-                kept += [layer.weight, own_s, *selection_B]
-        ctx.save_for_backward(x, vector_bank, indices, weights, *kept)
-        ctx.dtypes = [(layer.logits_A.dtype, layer.logits_B.dtype) for layer in layers]
+                kept += [layer.weight, own_s]
+        ctx.save_for_backward(x, vector_bank, indices_A, weights_A, indices_B, weights_B, *kept)
+        ctx.constants = rows_A, rows_B, (layers[0].logits_A.dtype, layers[0].logits_B.dtype)
         ctx.set_materialize_grads(False)
         return *ys, x.detach()
 
@@ -173,101 +196,109 @@ class Together(torch.autograd.Function):
             return dx, *[None] * (len(ctx.needs_input_grad) - 1)
         for dy in used:
             refuse_batches("vblora_linear", dy)
-        x, vector_bank, indices_A, weights_A, *others = ctx.saved_tensors
+        x, vector_bank, *rest = ctx.saved_tensors
+        saved = Saved(x, vector_bank, Selection(*rest[:4]), _grouped(rest[4:], Kept), *ctx.constants)
         # Of a layer whose result nobody used nothing is read, not even a NaN.
-        run = _backward if len(used) == len(dys) and modes.is_plain(*grads, x, *others) else _one_by_one
-        kept: list[Kept] = _grouped(others, Kept)
+        run = _backward if len(used) == len(dys) and modes.is_plain(*grads, x, *rest) else _one_by_one
         with modes.below_autograd():
-            return run(ctx.needs_input_grad, ctx.dtypes, dys, dx, x, vector_bank, (indices_A, weights_A), kept)
+            return run(ctx.needs_input_grad, dys, dx, saved)
 
 
-def _backward(
-    needs: Sequence[bool],
-    dtypes: list[tuple[torch.dtype, torch.dtype]],
-    dys: list[Any],
-    dx: Tensor | None,
-    x: Tensor,
-    vector_bank: Tensor,
-    selection_A: tuple[Tensor, Tensor],
-    kept: list[Kept],
-) -> tuple[Tensor | None, ...]:
+def _backward(needs: Sequence[bool], dys: list[Any], dx: Tensor | None, saved: Saved) -> tuple[Tensor | None, ...]:
     """Return the gradient of each argument of `Together` that `needs` asks for, None for the others.
 
     Args:
-        dtypes: of both logits of each layer.
         dx: what others that read x have found, to which its gradient is added, in place; None for none.
     """
-    need_x, need_bank, need_dA = needs[0], needs[1], needs[1] or any(needs[5::4])
-    kernels, rows, bank = launchers(), _own_rows(own.s.shape[1] for own in kept), vector_bank.contiguous()
+    need_x, need_bank, need_logits_A, need_logits_B = needs[0], needs[1], any(needs[5::4]), any(needs[6::4])
+    kernels, x, bank = launchers(), saved.x, saved.vector_bank.contiguous()
     found: list[Tensor | None] = [None] * len(needs)
-    dBs: list[Tensor | None] = [None] * len(kept)
-    dA, adds = None, need_x and dx is not None
-    dx_rows = None
+    dx_rows, adds, need_dA = None, need_x and dx is not None, need_bank or need_logits_A
     if need_x:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else shared_input.writable(dx)
         found[0], dx_rows = dx, rows_of(dx)
     with on_device(x.device):
-        ds = torch.empty((kept[0].s.shape[0], rows[-1].stop), dtype=torch.float32, device=x.device)
-        for i, (own, dy) in enumerate(zip(kept, dys, strict=True)):
-            selection_B = own.indices_B, own.weights_B
-            need_ds, need_dB = need_x or need_dA, need_bank or needs[4 * i + 6]
-            partials, dBs[i] = kernels.launch_expand_bwd(
-                rows_of(dy), own.s, bank, *selection_B, need_ds=need_ds, need_dB=need_dB
-            )
-            if partials is not None:
-                kernels.launch_sum_partials(partials, ds[:, rows[i]])
-        if need_x or need_dA:
-            nothing = kernels.Dropout.of(0.0, None)
+        ds, dB = _over_dy(dys, saved, bank, need_ds=need_x or need_dA, need_dB=need_bank or need_logits_B)
+        dA = None
+        if ds is not None:
+            selection_A, nothing = saved.selection[:2], kernels.Dropout.of(0.0, None)
             dA = kernels.launch_shrink_bwd(
                 rows_of(x), ds, bank, *selection_A, nothing, dx_rows, need_dA=need_dA, add_to_dx=adds
             )
-        for i, (own, dy) in enumerate(zip(kept, dys, strict=True)):
+        dlogits_A, dlogits_B, found[1] = kernels.launch_parameter_grads(
+            dA,
+            dB,
+            bank,
+            saved.selection,
+            saved.dtypes,
+            need_logits_A=need_logits_A,
+            need_logits_B=need_logits_B,
+            need_bank=need_bank,
+        )
+        for i, (dy, own) in enumerate(zip(dys, saved.layers, strict=True)):
             if dx_rows is not None:
                 dx_rows.addmm_(rows_of(dy), own.weight)
-            indices_A, weights_A = (t[rows[i]] for t in selection_A)
-            selection = Selection(indices_A, weights_A, own.indices_B, own.weights_B)
-            *found[4 * i + 5 : 4 * i + 7], found[1] = kernels.launch_parameter_grads(
-                None if dA is None else dA[:, rows[i]],
-                dBs[i],
-                bank,
-                selection,
-                logits_shapes(selection, bank),
-                dtypes[i],
-                need_logits_A=needs[4 * i + 5],
-                need_logits_B=needs[4 * i + 6],
-                need_bank=need_bank,
-                dbank=found[1],
-            )
+            shape_A, shape_B = logits_shapes(saved.selection_of(i), bank)
+            if needs[4 * i + 5]:
+                found[4 * i + 5] = dlogits_A[saved.rows_A[i]].view(shape_A)
+            if needs[4 * i + 6]:
+                found[4 * i + 6] = dlogits_B[saved.rows_B[i]].view(shape_B)
     return tuple(found)
 
 
-def _one_by_one(
-    needs: Sequence[bool],
-    dtypes: list[tuple[torch.dtype, torch.dtype]],
-    dys: list[Tensor | None],
-    dx: Tensor | None,
-    x: Tensor,
-    vector_bank: Tensor,
-    selection_A: tuple[Tensor, Tensor],
-    kept: list[Kept],
-) -> tuple[Tensor | None, ...]:
+def _over_dy(
+    dys: list[Tensor], saved: Saved, bank: Tensor, *, need_ds: bool, need_dB: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ds (M, R), and the partials of dB of all layers, one after the other: one pass over each dy."""
+    kernels, ranks = launchers(), saved.ranks()
+    rows = [rows_of(dy) for dy in dys]
+    sizes = [(*dy.shape, dy.dtype, own.s.shape[1]) for dy, own in zip(rows, saved.layers, strict=True)]
+    ds = dB = partials = None
+    if need_dB:
+        dB = kernels.new_dB(*max(sizes, key=lambda size: size[1]), bank, rows=saved.rows_B[-1].stop)
+    if need_ds:
+        ds = torch.empty((rows[0].shape[0], ranks[-1].stop), dtype=torch.float32, device=saved.x.device)
+    # Layers of one size write the partials of ds side by side, and one launch adds them up.
+    for size, group in groupby(range(len(rows)), sizes.__getitem__):
+        alike = list(group)
+        start, stop = ranks[alike[0]].start, ranks[alike[-1]].stop
+        if need_ds:
+            partials = kernels.new_ds(*size, saved.x.device, len(alike))
+        for i in alike:
+            of_B = saved.rows_B[i]
+            own_ds = None if partials is None else partials[..., ranks[i].start - start : ranks[i].stop - start]
+            own_dB = None if dB is None else dB[:, of_B]
+            selection_B = saved.selection.indices_B[of_B], saved.selection.weights_B[of_B]
+            kernels.launch_expand_bwd(rows[i], saved.layers[i].s, bank, *selection_B, own_ds, own_dB)
+        if ds is not None:
+            kernels.launch_sum_partials(partials, ds[:, start:stop])
+    return ds, dB
+
+
+def _one_by_one(needs: Sequence[bool], dys: list[Any], dx: Tensor | None, saved: Saved) -> tuple[Tensor | None, ...]:
     """`_backward` by the operator of one layer, which somebody who observes sees; nothing is written that was given.
 
     Args:
         dys: None for a layer whose result nobody used.
     """
     found: list[Tensor | None] = [dx if needs[0] else None, *[None] * (len(needs) - 1)]
-    for i, rows in enumerate(_own_rows(own.s.shape[1] for own in kept)):
-        own, dy = kept[i], dys[i]
+    for i, (dy, own) in enumerate(zip(dys, saved.layers, strict=True)):
         if dy is None:
             continue
         positions = (0, 4 * i + 5, 4 * i + 6, 1)
-        selection = (*(t[rows] for t in selection_A), own.indices_B, own.weights_B)
         grads = linear.bwd.operator(
-            dy, x, own.s, *selection, vector_bank, None, 0.0, *dtypes[i], [needs[p] for p in positions]
+            dy,
+            saved.x,
+            own.s,
+            *saved.selection_of(i),
+            saved.vector_bank,
+            None,
+            0.0,
+            *saved.dtypes,
+            [needs[p] for p in positions],
         )
         for position, grad in zip((p for p in positions if needs[p]), grads, strict=True):
-            grad = grad + (rows_of(dy) @ own.weight).view(x.shape) if position == 0 else grad
+            grad = grad + (rows_of(dy) @ own.weight).view(saved.x.shape) if position == 0 else grad
             before = found[position]
             found[position] = grad if before is None else before + grad
     return tuple(found)

@@ -38,7 +38,8 @@ def launchers() -> SimpleNamespace:
 
     modules = (compose, dropout, expand, parameters, partials, select, shrink)
     found = {name: value for module in modules for name, value in vars(module).items() if name.startswith("launch_")}
-    return SimpleNamespace(**found, new_terms=compose.new_terms, Dropout=dropout.Dropout, FEW_ROWS=tuning.FEW_ROWS)
+    found |= {"new_terms": compose.new_terms, "new_ds": expand.new_ds, "new_dB": expand.new_dB}
+    return SimpleNamespace(**found, Dropout=dropout.Dropout, FEW_ROWS=tuning.FEW_ROWS)
 
 
 _SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
@@ -98,11 +99,12 @@ def _linear_bwd(
     x_rows, dy_rows, bank = rows_of(x), rows_of(dy), vector_bank.contiguous()
     # Of x's shape from the start: a view of it autograd could not add to in place.
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x and others_dx is None else others_dx
+    sizes = (*dy_rows.shape, dy.dtype, s.shape[1])
     dA = None
     with on_device(x.device):
-        ds, dB = kernels.launch_expand_bwd(
-            dy_rows, s, bank, indices_B, weights_B, need_ds=need_x or need_dA, need_dB=need_dB
-        )  # fmt: skip
+        ds = kernels.new_ds(*sizes, x.device) if need_x or need_dA else None
+        dB = kernels.new_dB(*sizes, bank) if need_dB else None
+        kernels.launch_expand_bwd(dy_rows, s, bank, indices_B, weights_B, ds, dB)
         if ds is not None:
             dropout, dx_rows = kernels.Dropout.of(dropout_p, seed), None if dx is None else rows_of(dx)
             dA = kernels.launch_shrink_bwd(
@@ -121,13 +123,14 @@ def _linear_bwd(
             dB,
             bank,
             selection,
-            logits_shapes(selection, vector_bank),
             (dtype_A, dtype_B),
             need_logits_A=need_logits_A,
             need_logits_B=need_logits_B,
             need_bank=need_bank,
         )
-    return [grad for grad in (dx, *grads) if grad is not None]
+    shapes = *logits_shapes(selection, bank), bank.shape
+    found = [dx, *(grad if grad is None else grad.view(shape) for grad, shape in zip(grads, shapes, strict=True))]
+    return [grad for grad in found if grad is not None]
 
 
 def logits_shapes(selection: Selection, bank: Tensor) -> tuple[torch.Size, torch.Size]:
@@ -310,15 +313,13 @@ def _compose_bwd(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of logits and vector_bank that `needs` asks for, in this order."""
-    rows, h = indices.shape[0], vector_bank.shape[0]
-    # The rows are those of one A of rank 1, as wide as all mixtures together.
+    nothing = indices[:0], weights[:0]
     with on_device(d_out.device):
         d_logits, _, d_bank = launchers().launch_parameter_grads(
-            d_out.reshape(1, 1, -1).float().contiguous(),
+            d_out.reshape(1, -1).float().contiguous(),
             None,
             vector_bank.contiguous(),
-            (indices, weights, indices, weights),
-            (torch.Size((1, rows, h)), torch.Size((0, 1, h))),
+            (indices, weights, *nothing),
             (dtype, dtype),
             need_logits_A=needs[0],
             need_logits_B=False,
