@@ -1,79 +1,82 @@
 """Two processes on gloo: they learn what one does of both batches, and DDP sends what is not zero."""
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.models import VOCABULARY, adapted_by, enlarge
-from vblora_triton import VBLoRAConfig, VeraConfig, get_peft_model
-from vblora_triton.distributed import average_selected_logits, check_selections
+from tests.models import adapted_by, enlarge, tiny_llama
+from tests.several import (
+    METHODS,
+    WRAPPINGS,
+    assert_near,
+    backward,
+    gradients,
+    made,
+    optimizer_of,
+    own_rows,
+    rows,
+    step,
+    trained_state,
+    whole,
+    wrapped_in_layers,
+)
+from vblora_triton import (
+    PeftModel,
+    PeftWarning,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    use_backend,
+)
+from vblora_triton.distributed import average_selected_logits, check_selections, shard
 
 H = 2048
-METHODS = {
-    "vblora": (VBLoRAConfig, {"r": 2, "num_vectors": 12, "vector_length": 16, "target_modules": "all-linear"}),
-    "vera": (VeraConfig, {"r": 8, "target_modules": "all-linear"}),
-}
 
 
-def made(method, **changes):
-    """A small Llama with an adapter, in float64 where it can be, ready to be trained."""
-    return adapted_by(*METHODS[method], **changes).double().train()
-
-
-def rows():
-    return torch.randint(0, VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(3))
-
-
-def own_rows():
-    """Every second row, as a sampler deals them out."""
-    return rows()[dist.get_rank() :: dist.get_world_size()]
-
-
-def backward(model, ids):
-    model(input_ids=ids, labels=ids).loss.backward()
-
-
-def gradients(model):
-    return {
-        name.removeprefix("module."): parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def ddp_gradients(method, checkpointing):
-    model = made(method)
-    if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    return two_steps(DistributedDataParallel(model))
-
-
-def two_steps(model):
+def two_steps(method, wrapping, use_reentrant=None, narrow=False):
     """The gradients of a second step, by which time much has been noted of the first."""
+    model = made(method, narrow=narrow)
+    if use_reentrant is not None:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.get_base_model().enable_input_require_grads()
+    model = WRAPPINGS[wrapping](model)
     for _ in range(2):
         model.zero_grad()
         backward(model, own_rows())
     return gradients(model)
 
 
-def assert_equal_to_one_process(method, found):
-    model = made(method)
+def assert_equal_to_one_process(found, method, narrow=False):
+    model = made(method, narrow=narrow)
     backward(model, rows())
     wanted = gradients(model)
     for own in found:
         assert own.keys() == wanted.keys()
         for name, gradient in wanted.items():
             assert gradient.abs().max() > 0
+            assert own[name].dtype == gradient.dtype
             assert (own[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("use_reentrant", [None, False], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("method", METHODS)
-def test_ddp_gives_the_gradients_of_one_process(method, checkpointing, pair):
-    assert_equal_to_one_process(method, pair(ddp_gradients, method, checkpointing))
+def test_gradients_are_those_of_one_process(method, use_reentrant, wrapping, pair):
+    assert_equal_to_one_process(pair(two_steps, method, wrapping, use_reentrant), method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_adapters_are_not_rounded_beside_a_sharded_base_in_bfloat16(method, pair):
+    assert_equal_to_one_process(pair(two_steps, method, "shard", narrow=True), method, narrow=True)
 
 
 class Sent(TorchDispatchMode):
@@ -217,3 +220,171 @@ def test_what_sends_no_logits_is_refused(pair):
     for plain, vera in pair(refusals):
         assert plain.startswith("TypeError: `model` is a PeftModel; give a torch.nn.parallel.DistributedDataParallel")
         assert vera.startswith("ValueError: `model` trains no logits of VB-LoRA")
+
+
+def save(model, folder):
+    """As users do: of a sharded model by all processes, of one that each has whole by the first."""
+    if isinstance(model, FSDPModule) or dist.get_rank() == 0:
+        getattr(model, "module", model).save_pretrained(folder)
+    dist.barrier()
+
+
+def train_save_and_resume(method, wrapping, folder):
+    """Two steps, saved in full and as top-k; from the full file a third one, in a model that was wrapped before."""
+    model = WRAPPINGS[wrapping](made(method))
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        step(model, optimizer, own_rows())
+    model.eval()
+    with torch.no_grad():
+        # After this FSDP holds what does not belong to a block in one piece.
+        model(input_ids=own_rows())
+    save(model, f"{folder}/full")
+    if method == "vblora":
+        config = getattr(model, "module", model).peft_config["default"]
+        config.save_only_topk_weights = True
+        save(model, f"{folder}/topk")
+        config.save_only_topk_weights = False
+    resumed = WRAPPINGS[wrapping](made(method, seed=5).train())
+    with torch.no_grad():
+        resumed(input_ids=own_rows())
+    getattr(resumed, "module", resumed).load_adapter(f"{folder}/full", "default", is_trainable=True)
+    again = optimizer_of(resumed)
+    again.load_state_dict(optimizer.state_dict())
+    step(resumed, again, own_rows())
+    return trained_state(resumed)
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "layers", "root"])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_saves_what_one_process_saves_and_resumes_as_it_goes_on(method, wrapping, pair, tmp_path):
+    resumed = pair(train_save_and_resume, method, wrapping, str(tmp_path))
+    model = made(method)
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        step(model, optimizer, rows())
+    wanted = get_peft_model_state_dict(model)
+    assert_near(load_file(tmp_path / "full" / "adapter_model.safetensors"), wanted)
+    if method == "vblora":
+        found = load_file(tmp_path / "topk" / "adapter_model.safetensors")
+        logits = wanted["base_model.model.model.layers.1.mlp.up_proj.vblora_logits_B"]
+        values, indices = logits.topk(2)
+        key = "base_model.model.model.layers.1.mlp.up_proj.vblora_logits_B_topk_"
+        assert torch.equal(found[key + "indices"].long(), indices)
+        assert_near({"weights": found[key + "weights"].double()}, {"weights": values.softmax(-1)[..., :-1]})
+    loaded = PeftModel.from_pretrained(tiny_llama().double(), tmp_path / "full")
+    with torch.no_grad():
+        assert_near({"y": loaded(input_ids=rows()).logits}, {"y": model.eval()(input_ids=rows()).logits})
+    step(model.train(), optimizer, rows())
+    for state in resumed:
+        assert_near(state, trained_state(model))
+
+
+def errors_of_sharded_models(folder):
+    """What is said of each thing that would go wrong, and whether the base weights are what they were."""
+    model = wrapped_in_layers(made("vblora"))
+    half, rounding, more = made("vblora"), made("vblora"), made("vera")
+    for layer in half.get_base_model().model.layers:
+        fully_shard(layer)
+    shard(more)
+    more.add_adapter("second", VeraConfig(**METHODS["vera"][1]))
+    more.set_adapter("second")
+    reentrant = made("vblora")
+    reentrant.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    calls = {
+        "merge": model.merge_adapter,
+        "unload": model.merge_and_unload,
+        "topk": partial(model.load_adapter, f"{folder}/topk", "default"),
+        "half": partial(backward, half, own_rows()),
+        "second": partial(backward, more, own_rows()),
+        "policy": partial(shard, made("vblora"), mp_policy=policy),
+        "reentrant": partial(backward, DistributedDataParallel(reentrant), own_rows()),
+    }
+    before, said = {name: whole(t).clone() for name, t in model.state_dict().items()}, {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (TypeError, ValueError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    after = {name: whole(t) for name, t in model.state_dict().items()}
+    said["changed"] = [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+    # Without `shard`, as accelerate does with mixed precision.
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        backward(fully_shard(rounding, mp_policy=policy), own_rows())
+    return said | {"rounding": [str(warning.message) for warning in warned if warning.category is PeftWarning]}
+
+
+def test_what_would_go_wrong_unseen_is_said(pair, tmp_path):
+    adapted_by(*METHODS["vblora"], save_only_topk_weights=True).save_pretrained(tmp_path / "topk")
+    for said in pair(errors_of_sharded_models, str(tmp_path)):
+        assert said["merge"].startswith(
+            "TypeError: The model is sharded by FSDP2, and its weights cannot be merged into"
+        )
+        assert said["unload"] == said["merge"]
+        assert said["topk"].startswith("ValueError: FSDP2 has sharded the logits of adapter 'default'")
+        assert said["half"].startswith("RuntimeError: FSDP shards parts of the model, but not base_model.vblora_vector")
+        assert "lambda_b.second and" in said["second"]
+        assert "leave it out, and load the base model in that dtype" in said["policy"]
+        assert "give gradient_checkpointing_kwargs={'use_reentrant': False}, or" in said["reentrant"]
+        assert not said["changed"]
+        assert len(said["rounding"]) == 1
+        assert said["rounding"][0].startswith("FSDP rounds the adapter to torch.bfloat16 in every forward pass")
+
+
+def reentrant_gradients():
+    model = made("vblora")
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    model.get_base_model().enable_input_require_grads()
+    model = DistributedDataParallel(model, static_graph=True)
+    backward(model, own_rows())
+    return gradients(model)
+
+
+def test_reentrant_checkpoints_work_with_what_the_error_says(pair):
+    assert_equal_to_one_process(pair(two_steps, "vera", "ddp", True), "vera")
+    assert_equal_to_one_process(pair(reentrant_gradients), "vblora")
+
+
+def kernels_gradients():
+    """By the kernels, under the interpreter: q and k computed as one from the second step on."""
+    layers = {"target_modules": r".*layers\.1.*\.[qk]_proj", "num_vectors": 12, "r": 1, "vector_length": 32}
+    found = []
+    for sharded in (False, True):
+        model = adapted_by(VBLoRAConfig, layers, tiny_llama()).train()
+        model = shard(model) if sharded else model
+        with use_backend("triton"):
+            for _ in range(2):
+                model.zero_grad()
+                backward(model, rows()[:2, :3])
+        found.append(gradients(model))
+    return found
+
+
+def test_kernels_find_the_weights_that_fsdp_takes_apart_and_brings_back(pair):
+    for alone, sharded in pair(kernels_gradients):
+        assert_near(sharded, alone)
+        assert all(gradient.any() for gradient in alone.values())
+
+
+def sharded_pefts_gradients():
+    from peft import VBLoRAConfig as PeftsConfig
+    from peft import get_peft_model as pefts
+
+    from vblora_triton import patch_peft
+
+    found = []
+    for sharded in (False, True):
+        model = enlarge(pefts(tiny_llama(), PeftsConfig(**METHODS["vblora"][1]))).double().train()
+        with patch_peft(model):
+            model = shard(model) if sharded else model
+            backward(model, own_rows() if sharded else rows())
+        found.append(gradients(model))
+    return found
+
+
+def test_pefts_own_model_whose_layers_register_the_bank_is_sharded(pair):
+    pytest.importorskip("peft")
+    for alone, sharded in pair(sharded_pefts_gradients):
+        assert_near(sharded, alone)

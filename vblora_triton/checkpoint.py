@@ -21,6 +21,7 @@ from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
 from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.model import BaseTuner
+from vblora_triton.tuner.sharding import class_of, is_first, is_model_sharded, whole
 from vblora_triton.tuner.undo import copy_all
 
 # Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
@@ -41,7 +42,7 @@ class LoadResult(NamedTuple):
 def adapter_state_dict(
     tuner: BaseTuner, adapter_name: str, state_dict: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return what the file of an adapter holds, by key.
+    """Return what the file of an adapter holds, by key; brought together by all processes, where FSDP2 has sharded it.
 
     Args:
         tuner: the model with the adapter.
@@ -68,7 +69,7 @@ def adapter_state_dict(
             f"Adapter {adapter_name!r} has no values yet: {_some(empty)} is on the meta device; load or "
             "initialise it before saving."
         )
-    return tuner.pack(tuner.peft_config[adapter_name], {key: tensor.detach() for key, tensor in tensors.items()})
+    return tuner.pack(tuner.peft_config[adapter_name], {key: whole(tensor.detach()) for key, tensor in tensors.items()})
 
 
 def save_adapters(
@@ -81,7 +82,8 @@ def save_adapters(
 ) -> None:
     """Write adapters with their configurations and model cards; every one is read before the first is written.
 
-    "default" goes into the folder itself, another adapter into a folder of its name inside.
+    "default" goes into the folder itself, another adapter into a folder of its name inside. Of a model that FSDP2 has
+    sharded the first process writes, and all must call.
 
     Args:
         state_dict: see `adapter_state_dict`.
@@ -101,7 +103,8 @@ def save_adapters(
         # A field may have been set since, such as save_only_topk_weights.
         tuner.peft_config[name].check()
     states = {name: apart(adapter_state_dict(tuner, name, state_dict)) for name in adapter_names}
-    kind = type(tuner.model)
+    kind = class_of(tuner.model)
+    write = write and (not is_model_sharded(tuner) or is_first())
     for name, tensors in states.items() if write else ():
         config = tuner.peft_config[name]
         config.base_model_name_or_path = (

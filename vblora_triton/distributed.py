@@ -1,10 +1,12 @@
 """Several processes on torch.distributed: of the logits' gradient DDP sends what is not zero."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vblora_triton.ops import selected_entries
@@ -150,3 +152,50 @@ class _Hook:
             rows = [(k, [p for p, _ in found], torch.cat([s for _, s in found])) for (k, _), found in own.items()]
             self.places[key] = _Places(rows, others)
         return self.places[key]
+
+
+def shard(model: Any, **options: Any) -> Any:
+    """Shard an adapted model by FSDP2: a group for each block of the base model, and one for what is left.
+
+    What blocks share is left for the last group, for a parameter may be in one only: VB-LoRA's bank (PEFT's layers
+    register it in each block). So is VeRA's frozen pair, which FSDP keeps whole in every process. A copy of a module
+    that is trained whole gets a group of its own, for all that a group trains has to be of one dtype. A frozen base in
+    bfloat16 beside adapters in float32 is right as it is, without mixed precision: nothing is rounded but activations.
+
+    Call it before the optimizer is made, and in every process, on equal values.
+
+    Args:
+        model: a PeftModel, ours or PEFT's own; changed in place.
+        options: `mesh`, `reshard_after_forward`, `offload_policy`, ... of torch's `fully_shard`.
+    Returns:
+        The model.
+    Raises:
+        ValueError: `mp_policy` has a `param_dtype`, which would round the adapters in every forward pass; or a block
+            trains parameters of several dtypes.
+    """
+    policy = options.get("mp_policy")
+    if policy is not None and policy.param_dtype is not None:
+        raise ValueError(
+            f"`mp_policy` has param_dtype={policy.param_dtype}, which rounds the adapters in every forward pass; leave "
+            "it out, and load the base model in that dtype."
+        )
+    names = getattr(model.get_base_model(), "_no_split_modules", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    copies = [
+        copy
+        for module in model.modules()
+        if hasattr(module, "original_module")
+        for copy in module.modules_to_save.values()
+    ]
+    times = Counter(parameter for block in blocks for parameter in block.parameters())
+    shared = {parameter for parameter, count in times.items() if count > 1}
+    for block in blocks:
+        dtypes = {p.dtype for p in block.parameters() if p.requires_grad}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"A {type(block).__name__} trains parameters of {' and '.join(sorted(map(str, dtypes)))}; FSDP takes "
+                "one dtype. Load the base model in float32, or train no biases of it."
+            )
+    for part in (*copies, *blocks):
+        fully_shard(part, ignored_params=shared, **options)
+    return fully_shard(model, **options)

@@ -20,6 +20,7 @@ from vblora_triton.preparation import require_input_grads
 from vblora_triton.tuner.config import PeftConfig, TaskType
 from vblora_triton.tuner.injection import check_plain
 from vblora_triton.tuner.seen import AdaptedModel
+from vblora_triton.tuner.sharding import check_processes
 from vblora_triton.tuner.state import as_names, check_adapter_name
 from vblora_triton.tuner.undo import undone_on_failure
 
@@ -132,12 +133,12 @@ class PeftModel(AdaptedModel, nn.Module):
     # Running it.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the adapted model.
+        """Call the adapted model. Batches of several adapters (`adapter_names`) are refused: NotImplementedError.
 
-        Raises:
-            NotImplementedError: `adapter_names` is given; batches of several adapters are not supported yet.
+        Where several processes train it, `check_processes` sees to it that they do so together.
         """
         _refuse_mixed_batch(kwargs)
+        check_processes(self)
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -291,7 +292,7 @@ class PeftModel(AdaptedModel, nn.Module):
             safe_serialization: adapter_model.safetensors; else adapter_model.bin.
             selected_adapters: which adapters; all by default.
             save_embedding_layers: "auto" or False; the embeddings are not saved unless `modules_to_save` names them.
-            is_main_process: else nothing is written.
+            is_main_process: else nothing is written. Where FSDP2 shards the model all call, and the first one writes.
             state_dict: take the parameters from this state dict of the model.
         Raises:
             ValueError: `save_directory` is a file, there is no such adapter, or it cannot be saved in this form.

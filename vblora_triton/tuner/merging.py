@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vblora_triton.tuner.biases import Swap
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
+from vblora_triton.tuner.sharding import refuse_sharded
 from vblora_triton.tuner.undo import copy_all
 
 
@@ -26,7 +27,7 @@ class Merging:
             safe_merge: check that every result is finite before any weight is changed.
         Raises:
             ValueError: no such adapter, a result that is not finite, or a weight tied to the embedding.
-            TypeError: `adapter_names` is a string, or the base is quantised.
+            TypeError: `adapter_names` is a string, or the base is quantised, or sharded by FSDP2.
         """
         self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
         biases = self._prepare_biases({*self.active_adapters, *self._merged(), *(adapter_names or ())})
@@ -109,9 +110,10 @@ def merge_layers(
             of them on the CPU until all are merged, in case that one cannot be.
     Raises:
         ValueError: with `safe_merge`, a result that is not finite; a weight that something else in the model reads too.
-        TypeError: `adapter_names` is a string, or a base weight is quantised.
+        TypeError: `adapter_names` is a string, or a base weight is quantised, or sharded by FSDP2.
     """
     names = {key: layer.adapters_to_merge(adapter_names) for key, layer in layers.items()}
+    refuse_sharded(model)
     check_alone(model, {key: layers[key] for key in layers if names[key]})
     merged = sorted({name for layer in layers.values() for name in layer.merged_adapters})
     if merged:

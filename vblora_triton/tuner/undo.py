@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vblora_triton.tuner.sharding import like
+
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
@@ -54,11 +56,12 @@ def _holders(module: nn.Module) -> list[nn.Module]:
 def copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Write (target, source) pairs, of one size each, whose sources were made before: all of them.
 
-    To write into memory that is there needs none, or none for long: what fails is tried once more.
+    To write into memory that is there needs none, or none for long: what fails is tried once more. Of a target that
+    FSDP2 has sharded each process writes its own part.
     """
     with torch.no_grad():
         for target, source in pairs:
             try:
-                target.copy_(source)
+                target.copy_(like(source, target))
             except Exception:  # whatever a device says when it is short of memory
-                target.copy_(source)
+                target.copy_(like(source, target))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vblora_triton import ops
 from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.linear import AdaptedLinear, parameter_of
+from vblora_triton.tuner.sharding import is_sharded
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vblora.files import TopkLogits, logits_shapes
 
@@ -98,7 +99,16 @@ class VBLoRALayer(BaseTunerLayer):
         return adapter_name not in self.vblora_topk
 
     def use_topk(self, adapter_name: str, selections: TopkLogits) -> None:
-        """Hold these selections of an adapter in place of its logits; it is frozen from now on."""
+        """Hold these selections of an adapter in place of its logits; it is frozen from now on.
+
+        Raises:
+            ValueError: FSDP2 has sharded its logits.
+        """
+        if adapter_name in self.vblora_logits_A and is_sharded(self.vblora_logits_A[adapter_name]):
+            raise ValueError(
+                f"FSDP2 has sharded the logits of adapter {adapter_name!r}, which a top-k file cannot replace; load "
+                "the file under another name, or one that was saved in full."
+            )
         for logits in (self.vblora_logits_A, self.vblora_logits_B):
             if adapter_name in logits:
                 del logits[adapter_name]
