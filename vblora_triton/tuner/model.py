@@ -333,6 +333,8 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         """Call the model."""
         if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            self._share_own()
         try:
             with self.running():
                 return self.model(*args, **kwargs)
@@ -344,6 +346,12 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
                 f"The batch is empty: an input has the shape {tuple(empty[0].shape)}, which "
                 f"{type(self.model).__name__} cannot take ({type(error).__name__}: {error}); leave such batches out."
             ) from error
+
+    def _share_own(self) -> None:
+        """Let the layers of a replica, which nn.DataParallel made, read what is shared on its own device."""
+        shared = tuple(getattr(self, attribute) for attribute in self.tuner_layer_cls.shared_layer_names)
+        for _, layer in self.adapted_layers():
+            layer._shared = shared
 
     def running(self) -> AbstractContextManager[Any]:
         """Return a context for a call of the model, in which layers that read one input share."""
