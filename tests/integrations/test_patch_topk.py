@@ -103,3 +103,29 @@ def test_leaving_the_last_context_leaves_nothing_in_torchs_optimizers():
         logits(model)
         assert hooks() == [count + 1 for count in before]
     assert hooks() == before
+
+
+def test_compiled_training_is_one_graph_and_refuses_topk_logits_when_compiled_and_when_stepped():
+    torch._dynamo.reset()
+    model = by_peft("vblora").train()
+    finite = {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+    infinite = {name: value.clone() for name, value in only_topk(model).items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    with patch_peft():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for state, refused in ((finite, False), (finite, False), (infinite, True), (finite, False)):
+            peft.set_peft_model_state_dict(model, state)
+            logits(compiled).square().sum().backward()
+            before = [p.detach().clone() for p in trained]
+            if refused:
+                with pytest.raises(RuntimeError, match="save_only_topk_weights"):
+                    optimizer.step()
+                assert all(torch.equal(p, then) for p, then in zip(trained, before, strict=True))
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        peft.set_peft_model_state_dict(model, infinite)
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match="save_only_topk_weights"):
+            logits(torch.compile(model, backend="eager"))

@@ -18,17 +18,12 @@ from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vblora_triton import ops
+from vblora_triton.integrations import topk_refusal
 from vblora_triton.ops.dispatch import check_backend
-from vblora_triton.ops.modes import TensorState, is_plain
 from vblora_triton.tuner.linear import frozen_linear
 
 # The sources that the functions below stand for, by `_digest`: those of these versions of peft, all that are between.
@@ -73,8 +68,9 @@ def patch_peft(model: nn.Module | None = None, *, backend: str = "auto") -> Abst
 
     PEFT refuses to train an adapter that was loaded from a file with top-k weights only, and looks at the values in
     every layer and step, which waits for the GPU. That refusal stays, and looks once at each parameter, and again when
-    something other than an optimizer has written to it; a write through `.data` is not seen. In training torch.compile
-    leaves its graph for that look, as it does for PEFT's.
+    something other than an optimizer has written to it; a write through `.data` is not seen. torch.compile, which
+    leaves its graph for PEFT's looks, looks when it compiles, and an optimizer before it steps what was written to
+    since.
 
     Two things differ. Where logits tie, as they often do in bfloat16, the first of them are the top k; PEFT may take
     others. And gradients of gradients (`create_graph=True`) need backend="reference"; the others raise an error.
@@ -227,9 +223,7 @@ def _tidy() -> None:
             if vars(cls)["forward"] is function:
                 cls.forward = function.__wrapped__
     if not any(_functions.values()):
-        _looked_at.clear()
-        while _hooks:
-            _hooks.pop().remove()
+        topk_refusal.forget()
 
 
 def _modules(model: Any) -> list[nn.Module]:
@@ -329,7 +323,7 @@ def _forward(kind: _LayerKind, layer: Any, x: Tensor, args: Any, kwargs: Any, ba
 def _add_vblora(layer: Any, adapter: str, x: Tensor, base: _Base, backend: str) -> Tensor:
     logits_A, logits_B = layer.vblora_logits_A[adapter], layer.vblora_logits_B[adapter]
     if layer.training:
-        _refuse_topk(layer, adapter)
+        topk_refusal.refuse(layer, adapter)
     # Of a model that is spread over devices, the one bank is elsewhere for some layers.
     bank = layer.vblora_vector_bank[adapter].to(logits_A.device)
     x, base, dropout = _dropped(layer.vblora_dropout[adapter], x, base)
@@ -359,43 +353,3 @@ def _dropped(dropout: nn.Module, x: Tensor, base: _Base) -> tuple[Tensor, _Base,
     if after is not x and isinstance(base, ops.FrozenLinear):
         base = F.linear(x, *base)
     return after, base, {}
-
-
-# PEFT refuses to train an adapter that was loaded from a file with top-k weights only: such logits are infinite. A look
-# makes the host wait for the GPU, so there is one for each parameter, and another when its memory or its version is
-# another, unless an optimizer of torch has just stepped it. These are the parameters, as they were when looked at.
-_looked_at = WeakTensorKeyDictionary()
-_hooks: list[Any] = []
-
-
-# Values cannot be looked at in a graph: torch.compile leaves it here, as it does in PEFT's own layer. This is
-# torch.compiler.disable, but for importing the compiler at once.
-@_disable_dynamo
-def _refuse_topk(layer: Any, adapter: str) -> None:
-    """Let PEFT look at an adapter's logits if they may have changed."""
-    logits = layer.vblora_logits_A[adapter]
-    known = is_plain(logits) and not logits.is_inference()
-    if known and logits in _looked_at and _looked_at[logits].holds(logits):
-        return
-    with torch.no_grad():
-        layer._get_lora_matrices(adapter)
-    if known:
-        _looked_at[logits] = TensorState.of(logits)
-        if not _hooks:
-            _hooks[:] = register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)
-
-
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    # What was written to since the look is looked at after the step, not taken for the optimizer's own.
-    for parameter in _looked_at_of(optimizer):
-        if not _looked_at[parameter].holds(parameter):
-            del _looked_at[parameter]
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for parameter in _looked_at_of(optimizer):
-        _looked_at[parameter] = TensorState.of(parameter)
-
-
-def _looked_at_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p in _looked_at]
