@@ -1,5 +1,6 @@
 """What README.md shows works."""
 
+import functools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PAGES = ["train", "merge", "share", "many-adapters", "trouble"]
+PAGES = ["train", "compile", "merge", "share", "many-adapters", "trouble"]
 
 
 def save_stand_in(folder):
@@ -51,6 +52,8 @@ def test_commands_that_are_shown_have_options_that_there_are(page):
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     save_stand_in(tmp_path)
     monkeypatch.chdir(tmp_path)
+    # Whether it is one graph, and not minutes of a C++ compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
@@ -60,6 +63,10 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
         plain = AutoModelForCausalLM.from_pretrained("merged")
         tokens = torch.arange(8)[None]
         torch.testing.assert_close(plain(tokens).logits, names["model"](tokens).logits)
+    if page == "compile":
+        with torch.no_grad():
+            expected = names["model"](torch.arange(10).view(1, 10)).logits
+        torch.testing.assert_close(names["logits"], expected)
     if page == "many-adapters":
         assert names["model"].active_adapters == ["german"]
 
