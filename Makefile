@@ -89,9 +89,9 @@ peft-suite: $(VENV)/.installed
 package: $(VENV)/.installed
 	$(PY) -m tools.package
 
-# On another interpreter than .venv's nothing is installed: make gpu PY=python3
+# On another interpreter than .venv's nothing is installed: make gpu PY=python3 PARTS="first ops"
 gpu:
-	PYTHONPATH=. $(PY) -m tools.gpu --out $(OUT)
+	PYTHONPATH=. $(PY) -m tools.gpu --out $(OUT) $(if $(PARTS),--parts $(PARTS))
 
 clean:
 	rm -rf $(VENV) build

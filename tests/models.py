@@ -67,7 +67,7 @@ def some_ids() -> torch.Tensor:
 def outputs(model: nn.Module) -> torch.Tensor:
     """The model's logits for `some_ids`."""
     with torch.no_grad():
-        return model(input_ids=some_ids()).logits
+        return model(input_ids=some_ids().to(model.device)).logits
 
 
 def enlarge(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,5 +1,9 @@
 """On a GPU, natively and at full size: the same tolerance, determinism, and tensors past 2^31 elements."""
 
+import fcntl
+import gc
+import os
+
 import pytest
 import torch
 
@@ -22,6 +26,12 @@ FULL = [
 FULL += [
     LinearCase(M=4000, **Q, r=r, h=256, b=64, k=k, dtype=torch.bfloat16) for r, k in ((1, 1), (8, 3), (16, 4), (64, 32))
 ]
+# The update alone: beside a base product that is much larger a wrong one would hide below its rounding.
+FULL += [
+    LinearCase(M=M, **shape, h=h, b=256, dtype=dtype, base=False)
+    for shape, M, h in ((Q, 4096, 256), (GATE, 300, 2048), (DOWN, 16, 2048))
+    for dtype in DTYPES[:2]
+]
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -39,6 +49,7 @@ VERA = [
     for dtype in DTYPES
 ]
 VERA += [VeraCase(M=4000, **Q, r=r, dtype=torch.bfloat16) for r in (4, 16, 100)]
+VERA += [VeraCase(M=M, **Q, r=256, dtype=torch.bfloat16, base=False) for M in (16, 300, 4096)]
 # Under autocast.
 VERA += [VeraCase(M=4000, **Q, r=256, dtype=torch.float32, base_dtype=torch.bfloat16)]
 
@@ -95,6 +106,20 @@ def test_20_runs_of_vera_with_cublas_products_are_bitwise_equal_at_full_size(M, 
         assert all(torch.equal(value, first[name]) for name, value in again.items())
 
 
+@pytest.fixture
+def whole_gpu(tmp_path_factory):
+    """The GPU's memory for one test of all processes, and given back after it: two such tests have no room."""
+    folder = tmp_path_factory.getbasetemp()
+    # That of one of pytest-xdist's processes lies in that of all.
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with open(folder / "whole_gpu", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("whole_gpu")
 def test_an_activation_of_more_than_2_to_the_31_elements_is_right_to_its_last_row():
     rows, N = 2**19 + 300, 4096 + 256
     case = LinearCase(M=4, K=256, N=N, h=64, b=256, dtype=torch.bfloat16)
@@ -113,6 +138,7 @@ def test_an_activation_of_more_than_2_to_the_31_elements_is_right_to_its_last_ro
         assert_as_exact_as_eager(value, expected.to(value.dtype), expected, torch.bfloat16, what)
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_vera_is_right_to_the_last_row_of_more_than_2_to_the_31_elements():
     rows, N = 2**19 + 300, 4096 + 256
     case = VeraCase(M=4, K=64, N=N, r=16, dtype=torch.bfloat16)
@@ -141,6 +167,7 @@ def assert_right_in_the_last_rows(x, dy, parameters, topk):
         assert_as_exact_as_eager(value, expected.to(value.dtype), expected, torch.bfloat16, what)
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_an_input_stored_by_columns_of_more_than_2_to_the_31_elements_is_right():
     M, K, N = 2**20 + 300, 2048 + 256, 256
     case = LinearCase(M=4, K=K, N=N, h=64, b=256, dtype=torch.bfloat16)
@@ -151,6 +178,7 @@ def test_an_input_stored_by_columns_of_more_than_2_to_the_31_elements_is_right()
     assert_right_in_the_last_rows(x, torch.randn(M, N, device="cuda", dtype=torch.bfloat16), parameters, case.k)
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_a_projected_input_of_more_than_2_to_the_31_elements_is_right_to_its_last_row():
     M, r = 2**25 + 300, 64
     case = LinearCase(M=4, K=64, N=64, r=r, h=64, b=64, dtype=torch.bfloat16)

@@ -1,20 +1,23 @@
-"""Everything that only a GPU can show, in one run: `make gpu PY=python3 OUT=folder`.
+"""Everything that only a GPU can show: `make gpu PY=python3 OUT=folder`, or some of its parts, PARTS="first ops".
 
-The suite natively, compute-sanitizer on small cases where it is installed, the quick cases of the benchmark, and each
-kernel's time beside its forecast. It writes gpu.json to the folder; parts that are run later into the same folder join
-those that are there. All parts together keep to --seconds, which by default fits a command that may take 600 s; where
-that is too little, give each part a command of its own: --parts tests, then --parts sanitizer, and so on. Without a GPU
-it says so and exits 3.
+The suite natively in three parts, the decisive tests first; compute-sanitizer on small cases where it is installed; the
+quick cases of the benchmark; each kernel's time beside its forecast. It writes gpu.json to the folder; parts that are
+run later into the same folder join those that are there. Each part keeps to --seconds, by default what fits a command
+of its own that may take 600 s. Beside gpu.json each part of the suite writes a line of JSON for every test as it ends:
+a run that is killed leaves them. Without a GPU it says so and exits 3.
 """
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,58 +28,82 @@ from bench.records import load, problems
 from tools.forecast.compare import RESULTS, compare
 
 ROOT = Path(__file__).parents[1]
-TESTS = [
-    "ops",
-    "test_gpu.py",
-    "vblora",
-    "vera",
-    "integrations/test_patch_peft.py",
-    "finetune/test_run.py",
-]
+# Of the suite what runs kernels, by parts, and the processes that share one: each compiles what it runs. Tests of full
+# size want much of the GPU's memory.
+TESTS = {
+    "first": (
+        ["test_gpu.py", *(f"kernels/test_{name}.py" for name in ("partials", "expand", "parameters", "dropout"))],
+        4,
+    ),
+    "ops": (
+        sorted(f"ops/{path.name}" for path in (ROOT / "tests/ops").glob("test_*.py") if "_cpu" not in path.name),
+        8,
+    ),
+    "layers": (["vblora", "vera", "integrations/test_patch_peft.py", "finetune/test_run.py"], 8),
+}
 
 
-def limited(seconds: float, *module: str) -> int | None:
-    """The exit status of `python -m module`, or None where the time did not suffice."""
+def limited(seconds: float, command: list[str], **environment: str) -> int | None:
+    """The exit status of a command, or None where the time did not suffice: then its processes are killed."""
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
     try:
-        return subprocess.run([sys.executable, "-m", *module], cwd=ROOT, timeout=seconds).returncode
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return None
 
 
-def run_tests(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
-    """Run the tests that run kernels, natively; count what pytest counted and name what failed."""
-    report = (folder / "pytest.xml").resolve()
-    tests = [f"tests/{name}" for name in TESTS]
-    code = limited(seconds, "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests)
-    if not report.exists():
-        return {"ok": False, "exit_code": code, "reason": f"no report; the limit was {seconds:.0f} s"}
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    failed = [
-        f"{c.get('classname')}::{c.get('name')}"
-        for c in suite
-        if c.find("failure") is not None or c.find("error") is not None
-    ]
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    return {"ok": code == 0, "exit_code": code, **counts, "failed": failed}
+def run_tests(part: str, folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
+    """Run a part of the suite natively; count what ended, from the lines of `gpu_plugin`, and name what failed."""
+    log = (folder / f"{part}.jsonl").resolve()
+    log.unlink(missing_ok=True)
+    names, processes = TESTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.gpu_plugin"]
+    command += ["-n", str(min(processes, os.cpu_count() or 1)), "--dist", "worksteal"]
+    start = time.monotonic()
+    code = limited(seconds, [*command, *(str(ROOT / "tests" / name) for name in names)], GPU_TESTS_LOG=str(log))
+    ended: dict[str, dict[str, Any]] = {}
+    for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+        # Of a test that ended its process there is a second one, of the process.
+        if ended.get(line["test"], {}).get("outcome") != "failed":
+            ended[line["test"]] = line
+    counts = Counter(line["outcome"] for line in ended.values())
+    failed = {test: line.get("error", "") for test, line in ended.items() if line["outcome"] == "failed"}
+    slowest = sorted(ended.values(), key=lambda line: -line["seconds"])[:10]
+    return {
+        "ok": code == 0 and bool(counts["passed"]),
+        "exit_code": code,
+        "seconds": round(time.monotonic() - start, 1),
+        **counts,
+        "failures": failed,
+        "slowest": {line["test"]: line["seconds"] for line in slowest},
+    }
+
+
+# Accesses outside of what is allocated; of shared memory without a barrier; reads of what nobody wrote.
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 
 def run_sanitizer(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
-    """Run `tools.sanitizer` under compute-sanitizer's memcheck and racecheck; say what they said last."""
+    """Run `tools.sanitizer` under each of compute-sanitizer's tools; say what they said last."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         return {"ok": True, "ran": False, "reason": "compute-sanitizer is not installed"}
     found: dict[str, Any] = {"ok": True, "ran": True}
-    for tool in ("memcheck", "racecheck"):
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tools.sanitizer"]
-        try:
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds / 2)
-        except subprocess.TimeoutExpired:
-            found |= {"ok": False, tool: f"took more than {seconds / 2:.0f} s"}
-            continue
-        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("=========")]
-        found[tool] = {"exit_code": result.returncode, "summary": lines[-5:]}
-        found["ok"] = found["ok"] and result.returncode == 0
+    end = time.monotonic() + seconds
+    # Compiled before, and in none of the three times.
+    if limited(seconds / 4, [sys.executable, "-m", "tools.sanitizer"]) != 0:
+        return {"ok": False, "ran": False, "reason": "the cases fail, or take too long, without it"}
+    for i, tool in enumerate(SANITIZERS):
+        limit = (end - time.monotonic()) / (len(SANITIZERS) - i)
+        log = folder / f"{tool}.log"
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--log-file", str(log.resolve())]
+        # Past the end of a tensor lies another one where PyTorch hands out pieces of what it keeps.
+        code = limited(limit, [*command, sys.executable, "-m", "tools.sanitizer"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        found[tool] = {"exit_code": code, "limit": round(limit), "summary": lines[-5:]}
+        found["ok"] = found["ok"] and code == 0
     return found
 
 
@@ -85,8 +112,8 @@ def run_times(folder: Path, seconds: float, commit: str | None = None) -> dict[s
     path = (folder / "bench.json").resolve()
     # An earlier run's must not pass for this one's.
     path.unlink(missing_ok=True)
-    options = ["--quick", "--json", str(path), "--minutes", str(seconds / 60 - 0.5)]
-    code = limited(seconds, "bench", *options, *(["--commit", commit] if commit else []))
+    command = [sys.executable, "-m", "bench", "--quick", "--json", str(path), "--minutes", str(seconds / 60 - 0.5)]
+    code = limited(seconds, [*command, *(["--commit", commit] if commit else [])])
     if not path.exists():
         return {"ok": False, "exit_code": code, "reason": "no results"}
     header, records = load(path)
@@ -118,20 +145,18 @@ def earlier(path: Path) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Path, float, str | None], dict[str, Any]]] = {
-    "tests": run_tests,
+    **{part: partial(run_tests, part) for part in TESTS},
     "sanitizer": run_sanitizer,
     "times": run_times,
     "forecast": run_forecast,
 }
-# Shares of the time that is left; a part alone has all of it.
-SHARES = {"tests": 3, "sanitizer": 1, "times": 1, "forecast": 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for gpu.json")
     parser.add_argument("--commit", help="the commit, where the checkout has no history")
-    parser.add_argument("--seconds", type=float, default=560, help="limit of all parts together (default 560)")
+    parser.add_argument("--seconds", type=float, default=500, help="limit of each part (default 500)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="only these")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -144,13 +169,10 @@ def main() -> None:
     kept = {name: value for name, value in earlier(path).items() if name not in options.parts}
     result: dict[str, Any] = {**kept, "environment": found}
     path.write_text(json.dumps(result, indent=2) + "\n")
-    end = time.monotonic() + options.seconds
     # Written after each part: one that breaks, or runs out of time, takes nothing with it.
-    for i, part in enumerate(options.parts):
-        share = SHARES[part] / sum(SHARES[name] for name in options.parts[i:])
-        limit = max(1.0, (end - time.monotonic()) * share)
+    for part in options.parts:
         # The part's own commit: an earlier part may be of another.
-        result[part] = run_part(part, options.out, limit, options.commit) | {"commit": found["commit"]}
+        result[part] = run_part(part, options.out, options.seconds, options.commit) | {"commit": found["commit"]}
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "times"}, indent=2))
     raise SystemExit(0 if all(result[part]["ok"] for part in options.parts) else 1)

@@ -215,7 +215,7 @@ def test_base_may_be_in_16_bits_while_the_adapter_stays_float32(model_dir, texts
 
 def test_default_model_is_trained_saved_and_found_again_wherever_they_are_moved(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = ["--pretraining-steps", "2", "--steps", "2", "--batch-size", "2", "--seq-len", "32"]
+    few = ["--pretraining-steps", "2", "--steps", "2", "--batch-size", "2", "--seq-len", "32", "--dtype", "float32"]
     assert finetune("--output", "out", *few) == 0
     shown = capsys.readouterr()
     # No folder of Trainer's beside the output.

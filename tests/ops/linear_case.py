@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.models import DEVICE
+
 NAMES = ("x", "base", "logits_A", "logits_B", "vector_bank")
 
 
@@ -24,7 +26,7 @@ class LinearCase:
     batch: tuple[int, ...] | None = None
     layout: str = "contiguous"
     seed: int = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
 
     def __str__(self) -> str:
         size = f"M{self.M}" if self.batch is None else "M" + "x".join(map(str, self.batch or ("scalar",)))

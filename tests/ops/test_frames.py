@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import tiny_llama
+from tests.models import DEVICE, tiny_llama
 from vblora_triton import VBLoRAConfig, VeraConfig, get_peft_model
 from vblora_triton.kernels.launch import intercepted
 from vblora_triton.tuner.linear import AdaptedLinear
@@ -48,7 +48,7 @@ def test_from_a_layers_forward_to_the_first_launch_it_is_seven_functions(method,
     config = {"vblora": VBLoRAConfig, "vera": VeraConfig}[method]
     options = {f"{method}_dropout": 0.1} if mode == "dropout" else {}
     model = get_peft_model(tiny_llama(), config(**SIZES[method], **options, target_modules=["q_proj", "v_proj"]))
-    model.train(mode != "evaluation").requires_grad_(mode != "evaluation")
+    model.to(DEVICE).train(mode != "evaluation").requires_grad_(mode != "evaluation")
     if mode == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for _, layer in model.base_model.adapted_layers():
@@ -60,9 +60,9 @@ def test_from_a_layers_forward_to_the_first_launch_it_is_seven_functions(method,
         # What the first layer reads has a gradient, and is known to be read by others too.
         model.enable_input_require_grads()
         with intercepted(lambda *launch: None):
-            model(input_ids=torch.arange(tokens)[None])
+            model(input_ids=torch.arange(tokens, device=DEVICE)[None])
     with torch.set_grad_enabled(mode != "evaluation"):
-        frames = frames_to_the_first_launch(model, torch.arange(tokens)[None])
+        frames = frames_to_the_first_launch(model, torch.arange(tokens, device=DEVICE)[None])
     assert frames[0] == "linear.py:forward"
     assert frames[-1] == "launch.py:launch"
     assert len(frames) <= MOST, frames

@@ -245,12 +245,12 @@ def test_evaluation_forgets_so_that_replaced_parameters_are_freed():
 
 def test_layers_with_hooks_of_their_own_go_alone():
     config = VBLoRAConfig(r=2, num_vectors=6, vector_length=16, target_modules=["q_proj", "k_proj", "v_proj"])
-    model = get_peft_model(tiny_llama(), config).train()
+    model = get_peft_model(tiny_llama().to(DEVICE), config).train()
     model.enable_input_require_grads()
     layers = [layer for _, layer in model.base_model.adapted_layers()]
     for layer in layers:
         layer.backend = "triton"
-    ids = torch.arange(40).view(2, 20)
+    ids = torch.arange(40, device=DEVICE).view(2, 20)
     names: list[str] = []
     # With the hook, whose effect nobody knows, k itself once more in the first of two blocks; then q by itself too.
     for hooked, expected in ((False, 6), (False, 2), (True, 3), (True, 4)):
@@ -368,10 +368,10 @@ def test_the_memory_holds_nothing_that_did_not_come_back_and_is_not_copied():
 def test_a_model_reads_each_input_once_from_its_second_step_on():
     config = VBLoRAConfig(r=2, num_vectors=6, vector_length=16, target_modules="all-linear")
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), config).train()
+    model = get_peft_model(tiny_llama().to(DEVICE), config).train()
     for _, layer in model.base_model.adapted_layers():
         layer.backend = "triton"
-    ids = torch.arange(40).view(2, 20)
+    ids = torch.arange(40, device=DEVICE).view(2, 20)
     found = []
     for _ in range(2):
         model.zero_grad()

@@ -209,7 +209,7 @@ def test_bad_input_gets_an_error_that_names_it(change, error, message, backend):
 
 
 def test_bad_options_get_an_error_that_names_them():
-    case = VeraCase(M=3, device="cpu")
+    case = VeraCase(M=3)
     tensors = case.tensors()
     for options, error, message in (
         ({"dropout_p": 1.5}, ValueError, "`dropout_p` is 1.5"),
@@ -217,10 +217,10 @@ def test_bad_options_get_an_error_that_names_them():
     ):
         with pytest.raises(error, match=message):
             ops.vera_linear(*arguments(tensors), **options)
-    projected = ops.ProjectedInput(torch.ones(4, 20), torch.ones(0))
+    projected = ops.ProjectedInput(torch.ones(4, 20, device=DEVICE), torch.ones(0, device=DEVICE))
     with pytest.raises(ValueError, match=r"`projected` has values of shape \(4, 20\).*must be \(3, 20\)"):
         ops.vera_linear(*arguments(tensors), backend="triton", projected=projected)
-    projected = ops.ProjectedInput(torch.ones(3, 20), torch.ones(0))
+    projected = ops.ProjectedInput(torch.ones(3, 20, device=DEVICE), torch.ones(0, device=DEVICE))
     whole = ops.vera_project(tensors["x"], tensors["A"], backend="triton")
     turned = ops.ProjectedInput(whole.values.T.contiguous().T, whole.scale)
     for backend in ("triton", "reference"):
@@ -236,7 +236,7 @@ def test_bad_options_get_an_error_that_names_them():
     wide = [None if t is None else t.double() for t in arguments(tensors)]
     with pytest.raises(TypeError, match=r"not torch\.float64"):
         ops.vera_linear(*wide, backend="triton")
-    big = VeraCase(M=1, K=2, N=2, r=4097, device="cpu").tensors()
+    big = VeraCase(M=1, K=2, N=2, r=4097).tensors()
     with pytest.raises(ValueError, match="`r` is 4097, and its limit is 4096"):
         ops.vera_linear(*arguments(big), backend="triton")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.models import DEVICE
 from tests.ops.linear_case import laid_out, name_of_dtypes
 
 TRAINED = ("x", "base", "lambda_b", "lambda_d")
@@ -26,7 +27,7 @@ class VeraCase:
     batch: tuple[int, ...] | None = None
     layout: str = "contiguous"
     seed: int = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
 
     def __str__(self) -> str:
         size = f"M{self.M}" if self.batch is None else "M" + "x".join(map(str, self.batch or ("scalar",)))

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,36 +31,103 @@ def run(monkeypatch, out, *options) -> dict:
     return json.loads((out / "gpu.json").read_text())
 
 
-def test_later_parts_join_the_earlier_ones_within_the_time_of_one_command(monkeypatch, tmp_path):
+def test_later_parts_join_the_earlier_ones_each_within_the_time_of_a_command_of_its_own(monkeypatch, tmp_path):
     given = []
 
     def part(folder, seconds, commit):
-        given.append(round(seconds))
+        given.append(seconds)
         return {"ok": True}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", lambda commit: {"commit": commit})
     monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(gpu.PARTS, part))
-    run(monkeypatch, tmp_path, "--parts", "tests", "--commit", "abc")
+    run(monkeypatch, tmp_path, "--parts", "first", "--commit", "abc")
     found = run(monkeypatch, tmp_path, "--parts", "times", "--commit", "def")
-    assert {name: found[name]["commit"] for name in ("tests", "times")} == {"tests": "abc", "times": "def"}
-    assert given == [560, 560]
+    assert {name: found[name]["commit"] for name in ("first", "times")} == {"first": "abc", "times": "def"}
+    assert given == [500, 500]
     assert run(monkeypatch, tmp_path).keys() == {"environment", *gpu.PARTS}
-    assert given[2:] == [280, 187, 280, 560]
+    assert len(given) == 2 + len(gpu.PARTS)
+
+
+def test_every_part_of_the_suite_is_there():
+    assert [
+        ROOT / "tests" / name
+        for names, _ in gpu.TESTS.values()
+        for name in names
+        if not (ROOT / "tests" / name).exists()
+    ] == []
+
+
+TESTS = """
+import time
+import pytest
+from tools import gpu_plugin
+
+@pytest.mark.parametrize("i", range(4))
+def test_good(i):
+    pass
+
+def test_wrong():
+    assert "apples" == "pears"
+
+def test_spoils_its_process(monkeypatch):
+    # As after an illegal access, which this machine cannot have.
+    gpu_plugin.is_broken = lambda: True
+    raise RuntimeError("an illegal memory access was encountered")
+
+@pytest.mark.parametrize("i", range(4))
+def test_after(i):
+    assert not gpu_plugin.is_broken()
+"""
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A part of the suite of one file, in two processes."""
+    path = tmp_path / "test_some.py"
+    path.write_text(TESTS)
+    monkeypatch.setitem(gpu.TESTS, "some", ([str(path)], 2))
+    return path
+
+
+def test_what_a_test_spoils_ends_with_it_and_every_test_leaves_a_line(suite, tmp_path):
+    found = gpu.run_tests("some", tmp_path, 100)
+    assert not found["ok"]
+    assert (found["passed"], found["failed"]) == (8, 2)
+    wrong, spoilt = sorted(found["failures"].items(), reverse=True)
+    assert "test_wrong" in wrong[0]
+    assert "assert 'apples' == 'pears'" in wrong[1]
+    assert "test_spoils_its_process" in spoilt[0]
+    assert "an illegal memory access was encountered" in spoilt[1]
+
+
+def test_a_part_that_runs_out_of_time_leaves_what_had_ended_and_no_process(suite, tmp_path):
+    suite.write_text("import time\n\ndef test_quick():\n    pass\n\ndef test_slow():\n    time.sleep(1000)\n")
+    found = gpu.run_tests("some", tmp_path, 15)
+    assert (found["ok"], found["exit_code"], found["passed"]) == (False, None, 1)
+    assert found["seconds"] < 60
+    assert not [line for line in subprocess.check_output(["ps", "ax"], text=True).splitlines() if str(suite) in line]
+
+
+def test_a_part_of_which_all_pass_is_ok(suite, tmp_path):
+    suite.write_text("def test_good():\n    pass\n")
+    assert gpu.run_tests("some", tmp_path, 100)["ok"]
+    suite.write_text("")
+    assert not gpu.run_tests("some", tmp_path, 100)["ok"]
 
 
 def test_times_are_of_the_commit_that_was_given_and_none_of_ours_may_fail(monkeypatch, tmp_path):
     commands = []
 
-    def bench(command, **_):
+    def bench(seconds, command):
         commands.append(command)
         key = ("block", "x", 1, "bf16", "vblora")
         names = ("ours_compiled", "peft_patched", "peft_compiled")
         made = [Record(*key, name, "fwd", status="failed", reason="no") for name in names]
         Results({}, tmp_path / "bench.json").add(made)
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", bench)
+    monkeypatch.setattr(gpu, "limited", bench)
     found = gpu.run_times(tmp_path, 120, "abc")
     assert commands[0][-2:] == ["--commit", "abc"]
     assert found["ok"] is False

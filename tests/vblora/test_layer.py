@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.models import DEVICE
 from vblora_triton import use_backend
 from vblora_triton.ops import reference
 from vblora_triton.vblora.layer import Linear
@@ -227,7 +228,7 @@ def test_the_documented_attributes_are_there():
 
 
 def test_the_backend_of_the_layer_reaches_the_op():
-    layer, x = make(), torch.randn(3, 32)
+    layer, x = make().to(DEVICE), torch.randn(3, 32, device=DEVICE)
     layer.backend = "no such backend"
     with pytest.raises(ValueError, match="no such backend"):
         layer(x)

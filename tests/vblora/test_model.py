@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.models import enlarge, outputs, tiny_gpt2, tiny_llama
+from tests.models import DEVICE, enlarge, outputs, tiny_gpt2, tiny_llama
 from vblora_triton import VBLoRAConfig, VBLoRAModel, get_peft_model, use_backend
 
 FIELDS = {"r": 3, "num_vectors": 10, "vector_length": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -138,7 +138,7 @@ def reads_of_a_training_step(model) -> int:
     parts = [module for module in model.train().modules() if hasattr(module, "vblora_logits_A")]
     with Reads() as reads:
         for layer in parts:
-            layer(torch.randn(2, layer.in_features)).sum().backward()
+            layer(torch.randn(2, layer.in_features, device=DEVICE)).sum().backward()
     return reads.count
 
 
@@ -146,14 +146,14 @@ def reads_of_a_training_step(model) -> int:
 def test_a_training_step_asks_the_device_for_no_value(backend):
     # By what runs on a GPU; on a CPU "auto" may look, for nothing has to be waited for there.
     with use_backend(backend):
-        assert reads_of_a_training_step(get_peft_model(tiny_llama(), VBLoRAConfig(**FIELDS))) == 0
+        assert reads_of_a_training_step(get_peft_model(tiny_llama().to(DEVICE), VBLoRAConfig(**FIELDS))) == 0
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_pefts_does_ask():
     """So that the test above is known to count."""
     peft = pytest.importorskip("peft")
-    assert reads_of_a_training_step(peft.get_peft_model(tiny_llama(), peft.VBLoRAConfig(**FIELDS))) > 0
+    assert reads_of_a_training_step(peft.get_peft_model(tiny_llama().to(DEVICE), peft.VBLoRAConfig(**FIELDS))) > 0
 
 
 def test_a_trained_model_learns_with_every_parameter_of_the_adapter():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.models import enlarge, outputs, some_ids, tiny_gpt2, tiny_llama
+from tests.models import DEVICE, enlarge, outputs, some_ids, tiny_gpt2, tiny_llama
 from vblora_triton import PeftModel, VBLoRAConfig, get_peft_model, use_backend
 from vblora_triton.checkpoint import adapter_state_dict, write_adapter
 
@@ -77,7 +77,7 @@ def test_it_holds_no_logits_and_computes_what_they_did(case):
 @pytest.mark.parametrize("training", [False, True])
 def test_both_backends_compute_it(case, training):
     make, _, folder = case
-    model = PeftModel.from_pretrained(make(), folder / "topk").train(training)
+    model = PeftModel.from_pretrained(make(), folder / "topk").train(training).to(DEVICE)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
