@@ -150,3 +150,30 @@ def test_an_evaluated_model_is_exported_for_any_number_of_rows_and_any_length(me
         for shape in ((2, 9), (3, 14), (5, 4)):
             found = program(input_ids=tokens(*shape), use_cache=False).logits
             torch.testing.assert_close(found, model(input_ids=tokens(*shape)).logits)
+
+
+@both_methods
+def test_gradients_with_dropout_and_checkpointing_are_those_of_the_loss_as_it_was_drawn(method):
+    model = adapted(method, dropout=0.05, num_hidden_layers=1, use_cache=False).double()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.get_base_model().disable_input_require_grads()
+    # With a partitioner that computes again in backward what checkpointing does not keep.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    ids, trained = tokens(2, 9), [p for p in model.parameters() if p.requires_grad]
+
+    def loss(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return compiled(input_ids=ids).logits.square().mean()
+
+    gradients = torch.autograd.grad(loss(0), trained)
+    directions = [torch.randn_like(p) for p in trained]
+    ends = []
+    for move in (1e-3, -2e-3):
+        with torch.no_grad():
+            torch._foreach_add_(trained, directions, alpha=move)
+        # The same seed draws the same mask.
+        ends.append(loss(0).detach())
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-3, rtol=1e-2, atol=0)
+    assert ends[1] != loss(1)
+    assert graphs() == 1
