@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left right in fp32, of operands in one dtype."""
-    return matmul_into(
-        torch.empty((left.shape[0], right.shape[1]), dtype=torch.float32, device=left.device), left, right
-    )
-
-
-def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, base: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+def matmul(
+    left: Tensor, right: Tensor, out: Tensor | None = None, *, base: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
     """out = base + alpha left right, rounded once.
 
     Args:
-        out: (M, N), written; in the dtype of the operands, or in fp32, which takes no alpha from 16 bits.
         left, right: (M, K) and (K, N), any strides, in one dtype.
+        out: (M, N), written; in the dtype of the operands, or in fp32, which takes no alpha from 16 bits. Without it
+            the result is made in fp32.
         base: (M, N) or (N), in the dtype of `out`, or None; may be `out` itself.
     """
+    if out is None:
+        out = torch.empty((left.shape[0], right.shape[1]), dtype=torch.float32, device=left.device)
     if left.is_cpu and left.dtype != torch.float32:
         # There PyTorch has no fp32 result of 16-bit operands. Their products are exact in fp32.
         product = (left.float() @ right.float()).mul_(alpha)
@@ -33,3 +31,11 @@ def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, base: Tensor | None
     if base is None:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return torch.add(base, torch.mm(left, right, out_dtype=out.dtype), out=out)
+
+
+def matmul_terms(high: Tensor, low: Tensor | None, right: Tensor, r: int) -> Tensor:
+    """(high + low) right, in fp32, its terms side by side; low, if there is one, meets the high ones: r columns."""
+    sums = matmul(high, right)
+    if low is not None:
+        sums[:, :r] += matmul(low, right[:, :r])
+    return sums

@@ -205,7 +205,7 @@ UNPACKED = 2**18
 
 
 def packed_columns(M: int, r: int) -> int:
-    """Columns of 16 bits in which p is kept: r where it is packed, 2 r where it is fp32.
+    """Columns of 16 bits in which p is kept: r where it is packed, 2 r where it is terms.
 
     Without a question about M, so that a graph holds for any.
     """
@@ -241,13 +241,7 @@ def low_rows(r: int) -> int:
 
 @remembered
 def pack_rows() -> dict[str, int]:
-    return {"BLOCK_M": 16, "num_warps": 4}
-
-
-@remembered
-def prepare(r: int) -> dict[str, int]:
-    block_r = min(256, max(16, power_of_2(r)))
-    return {"BLOCK_M": max(1, 4096 // block_r), "BLOCK_R": block_r, "num_warps": 4}
+    return {"BLOCK_M": 16, "BLOCK_P": 256, "BLOCK_S": 8, "num_warps": 4}
 
 
 @remembered
@@ -256,5 +250,5 @@ def drop() -> dict[str, int]:
 
 
 @remembered
-def scale_grads(r: int) -> dict[str, int]:
-    return {"BLOCK_N": 16, "BLOCK_R": min(128, max(16, power_of_2(r))), "num_warps": 4}
+def scale(r: int) -> dict[str, int]:
+    return {"BLOCK_N": 16, "BLOCK_R": min(256, max(16, power_of_2(r))), "num_warps": 4}

@@ -31,6 +31,8 @@ CASES = [
     {"M": 130, "K": 100, "N": 90, "r": 70},
     {"M": 130, "K": 100, "N": 90, "r": 70, "base": False, "layout": "transposed"},
     {"M": 65, "K": 40, "N": 600, "r": 260, "layout": "gaps"},
+    # More rows of partials than are added up at once.
+    {"M": 2, "K": 8, "N": 4200, "r": 3},
     {"batch": (), "K": 96, "N": 48, "r": 5},
     {"batch": (3, 5, 7), "K": 33, "N": 17, "r": 20, "layout": "transposed"},
     {"batch": (2, 0, 5), "K": 16, "N": 8, "r": 4, "base": False},
@@ -130,12 +132,15 @@ def test_packing_holds_at_every_magnitude(scale):
 @pytest.mark.parametrize("case", cases(CASES[2], CASES[4], CASES[0], dtypes=DTYPES[:2]))
 def test_a_shared_projected_input_changes_no_bit(case):
     tensors = case.tensors()
-    apart = case.run(ops.vera_linear, tensors, backend="triton")
+    with counted() as alone:
+        apart = case.run(ops.vera_linear, tensors, backend="triton")
     projected = ops.vera_project(tensors["x"], tensors["A"], tensors["base"], backend="triton")
     assert not projected.values.requires_grad
     with counted() as names:
         shared = case.run(ops.vera_linear, tensors, backend="triton", projected=projected)
-    assert "_pack_rows_kernel" not in names
+    # What packs p, which is all that is launched for it beside the product.
+    packs = case.M > 0 and case.dtype != torch.float32
+    assert Counter(alone) - Counter(names) == Counter({"_pack_rows_kernel": 1} if packs else {})
     for name, value in apart.items():
         assert torch.equal(shared[name], value), name
 
@@ -241,7 +246,7 @@ def test_bad_options_get_an_error_that_names_them():
         ops.vera_linear(*arguments(big), backend="triton")
 
 
-FORWARD, BACKWARD = ["_pack_rows_kernel", "_prepare_kernel"], ["_prepare_kernel", "_scale_grads_kernel"]
+FORWARD, BACKWARD = ["_pack_rows_kernel", "_scale_kernel"], ["_scale_kernel", "_pack_rows_kernel"]
 
 
 def test_launches_beside_the_products_are_two_forward_and_two_backward_and_none_for_no_tokens():
@@ -323,13 +328,13 @@ def large_tensors(p: float) -> tuple[dict[str, int], set[torch.dtype]]:
 
 def test_four_products_touch_activations_and_none_is_made_wide():
     # x once for p, y written once; dy twice, for dp and for D, and dx written once.
-    products = {"aten.mm.dtype_out": 2, "aten.addmm.out": 7}
+    products = {"aten.mm.dtype_out": 3, "aten.addmm.out": 6}
     for p in (0.0, 0.1):
         assert large_tensors(p) == (products, {torch.bfloat16})
 
 
 def test_backward_launches_only_what_is_needed():
-    for needed, expected in ((["x"], BACKWARD[:1]), (["lambda_b"], BACKWARD), (["lambda_d"], BACKWARD), (["base"], [])):
+    for needed, expected in ((["x"], BACKWARD), (["lambda_b"], BACKWARD), (["lambda_d"], BACKWARD), (["base"], [])):
         tensors = VeraCase(M=70, K=40, N=30, r=3, dtype=torch.bfloat16).tensors()
         for name in TRAINED:
             tensors[name].requires_grad_(name in needed)

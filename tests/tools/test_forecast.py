@@ -60,7 +60,8 @@ def test_pointers_are_followed_to_the_tensors_that_they_came_from():
     assert touched["_shrink_bwd_kernel"] >= {"X_ptr", "DS_ptr", "DX_ptr", "DA_ptr", "Bank_ptr", "Idx_ptr", "W_ptr"}
     # Through a helper, and in a branch that program 0 does not take.
     assert touched["_parameter_grads_kernel"] >= {"DA_ptr", "DB_ptr", "DLogitsB_ptr", "DBank_ptr"}
-    assert touched["_scale_grads_kernel"] >= {"D_ptr", "B_ptr", "PartialsD_ptr"}
+    assert touched["_scale_kernel"] >= {"D_ptr", "B_ptr", "C_ptr", "Partials_ptr"}
+    assert touched["_pack_rows_kernel"] >= {"V_ptr", "Out_ptr", "Partials_ptr", "Total_ptr"}
 
 
 def write_kernel(folder: Path, loop: str):
@@ -176,6 +177,14 @@ def test_pytorchs_products_take_their_floor_over_0_85(veras_launches):
     read_and_written = 2 * 512 * 4096 + 2 * 512 * 4096 + 4 * 512 * 512
     assert p["floor"] == pytest.approx(max(read_and_written / 4.3e12, 2 * 512 * 4096 * 512 / 790e12) * 1e6)
     assert all(row["us"] == pytest.approx(row["floor"] / 0.85 + predict.NODE) for row in products)
+
+
+def test_vera_launches_its_products_two_kernels_each_way_and_nothing_else(veras_launches):
+    sides = {side: [row["kernel"] for row in veras_launches if row["side"] == side] for side in ("forward", "backward")}
+    assert sides == {
+        "forward": ["mm", "_pack_rows_kernel", "_scale_kernel", "addmm"],
+        "backward": ["mm", "_scale_kernel", "mm", "_pack_rows_kernel", "addmm"],
+    }
 
 
 def test_no_launch_of_vera_moves_more_than_twice_the_bytes_that_it_is_given(veras_launches):

@@ -137,7 +137,7 @@ def check_projected_input(x: Tensor, A: Tensor, values: Tensor, scale: Tensor, d
         raise TypeError(f"`projected` has values of {values.dtype}; make it with vera_project(x, A).")
     if not (values.is_contiguous() and scale.is_contiguous()):
         raise ValueError("`projected` is not contiguous; make it with vera_project(x, A).")
-    # Packed, or the bits of float32, or float32.
+    # Packed, or the bits of terms, or float32.
     columns = (r, 2 * r) if values.dtype == torch.int16 else (r,)
     if values.dim() != 2 or values.shape[0] != M or values.shape[1] not in columns or values.device != x.device:
         raise ValueError(

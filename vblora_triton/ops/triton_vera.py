@@ -23,7 +23,8 @@ def _kernels() -> SimpleNamespace:
     from vblora_triton.kernels import dropout, vera
 
     found = {name: value for name, value in vars(vera).items() if name.startswith("launch_")}
-    return SimpleNamespace(**found, Dropout=dropout.Dropout, ProjectedInput=vera.ProjectedInput, operand=vera.operand)
+    others = {name: getattr(vera, name) for name in ("ProjectedInput", "Scaled", "operand")}
+    return SimpleNamespace(**found, **others, Dropout=dropout.Dropout)
 
 
 def frozen_terms(A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,9 +101,12 @@ def _linear_fwd(
     if y.numel() > 0:
         kernels, base_rows = _kernels(), None if base is None else rows_of(base)
         projected = kernels.ProjectedInput(values, scale)
-        scales, all_fp32 = (lambda_b.contiguous(), lambda_d.contiguous()), is_all_fp32(x.dtype, y.dtype)
+        scaled, all_fp32 = (
+            kernels.Scaled(B[:N], lambda_b.contiguous(), lambda_d.contiguous()),
+            is_all_fp32(x.dtype, y.dtype),
+        )
         with on_device(y.device):
-            kernels.launch_update(projected, base_rows, *scales, B[:N], rows_of(y), all_fp32=all_fp32)
+            kernels.launch_update(projected, base_rows, scaled, rows_of(y), all_fp32=all_fp32)
     return ()
 
 
@@ -139,10 +143,8 @@ def _linear_bwd(
         found = kernels.launch_bwd(
             rows_of(dy),
             kernels.ProjectedInput(values, scale),
-            lambda_b.contiguous(),
-            lambda_d.contiguous(),
+            kernels.Scaled(B[:N], lambda_b.contiguous(), lambda_d.contiguous()),
             _frozen(A, x_dtype, K, all_fp32),
-            B[:N],
             kernels.Dropout.of(dropout_p, seed),
             rows_of(grads[0]) if need_x else None,
             need_scales=any(need_scales),

@@ -16,7 +16,7 @@ from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 class ProjectedInput(NamedTuple):
     """M rows of a layer's input times A, x A^T, (M, r), for all layers that read that input.
 
-    values: float32; beside 16-bit activations int16, in units of `scale` or, of few elements, the bits of float32.
+    values: float32; beside 16-bit activations int16, in units of `scale` or, of few elements, bits of bfloat16 terms.
     scale: bfloat16, one for each row and block of columns.
     """
 
