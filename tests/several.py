@@ -1,12 +1,15 @@
 """A small model that one process trains, or two together: how it is made, wrapped, and compared."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import VOCABULARY, adapted_by, tiny_llama
 from vblora_triton import VBLoRAConfig, VeraConfig, parameter_groups
@@ -86,3 +89,42 @@ def assert_near(found, wanted):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+def page():
+    """What the Python of docs/several-gpus.md defines."""
+    text = (Path(__file__).parents[1] / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    return names
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that are handed to all-reduce; DDP broadcasts buffers besides."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "c10d::allreduce_":
+            self.bytes += sum(t.numel() * t.element_size() for t in args[0])
+        return func(*args, **kwargs or {})
+
+
+def trained_as_the_page_says(folder):
+    """By its Trainer, for a step: what is trained then, and the bytes that were sent for it."""
+    names = page()
+    data = [{"input_ids": row, "labels": row} for row in rows()]
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "save_strategy": "no"}
+    trainer = names["trainer"](folder, data, disable_tqdm=True, **settings)
+    trainer.add_callback(names["SendSelectedLogits"](trainer))
+    with Sent() as sent:
+        trainer.train()
+    assert [group["lr"] for group in names["lazy"](trainer.model).param_groups] == [1e-3, 1e-2]
+    return trained_state(trainer.model), sent.bytes
+
+
+def sharded_as_the_page_says():
+    model, optimizer = page()["sharded"](made("vblora"), 1e-3)
+    step(model, optimizer, own_rows())
+    return [isinstance(parameter, DTensor) for parameter in model.parameters()]

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import adapted_by, enlarge, tiny_llama
 from tests.several import (
     METHODS,
     WRAPPINGS,
+    Sent,
     assert_near,
     backward,
     gradients,
@@ -23,11 +23,14 @@ from tests.several import (
     optimizer_of,
     own_rows,
     rows,
+    sharded_as_the_page_says,
     step,
+    trained_as_the_page_says,
     trained_state,
     whole,
     wrapped_in_layers,
 )
+from tests.test_readme import save_stand_in
 from vblora_triton import (
     PeftModel,
     PeftWarning,
@@ -77,17 +80,6 @@ def test_gradients_are_those_of_one_process(method, use_reentrant, wrapping, pai
 @pytest.mark.parametrize("method", METHODS)
 def test_float32_adapters_are_not_rounded_beside_a_sharded_base_in_bfloat16(method, pair):
     assert_equal_to_one_process(pair(two_steps, method, "shard", narrow=True), method, narrow=True)
-
-
-class Sent(TorchDispatchMode):
-    """Counts the bytes that are handed to all-reduce; DDP broadcasts buffers besides."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() == "c10d::allreduce_":
-            self.bytes += sum(t.numel() * t.element_size() for t in args[0])
-        return func(*args, **kwargs or {})
 
 
 def sparse_and_dense(steps):
@@ -388,3 +380,17 @@ def test_pefts_own_model_whose_layers_register_the_bank_is_sharded(pair):
     pytest.importorskip("peft")
     for alone, sharded in pair(sharded_pefts_gradients):
         assert_near(sharded, alone)
+
+
+def test_trainer_of_the_page_trains_all_processes_alike_and_sends_what_is_selected(pair, tmp_path):
+    save_stand_in(tmp_path)
+    (one, sent), (two, _) = pair(trained_as_the_page_says, str(tmp_path / "facebook" / "opt-125m"))
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    dense = sum(4 * tensor.numel() for tensor in one.values())
+    bank = sum(4 * tensor.numel() for name, tensor in one.items() if "bank" in name)
+    # Trainer gathers losses besides, a few numbers.
+    assert bank < sent < bank + 0.02 * (dense - bank)
+
+
+def test_the_pages_fsdp2_trains(pair):
+    assert all(all(sharded) for sharded in pair(sharded_as_the_page_says))

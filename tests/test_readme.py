@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PAGES = ["train", "compile", "merge", "share", "many-adapters", "trouble"]
+PAGES = ["train", "several-gpus", "compile", "merge", "share", "many-adapters", "trouble"]
 
 
 def save_stand_in(folder):
@@ -36,7 +37,7 @@ def save_stand_in(folder):
 
 def commands(text: str) -> list[list[str]]:
     """The command lines of vblora-triton in a page, but for those that only ask for help."""
-    lines = re.findall(r"^(?:vblora-triton|torchrun .* -m vblora_triton) (.*)", text, re.MULTILINE)
+    lines = re.findall(r"^(?:vblora-triton|(?:torchrun|accelerate) .* -m vblora_triton) (.*)", text, re.MULTILINE)
     return [shlex.split(line) for line in lines if "--help" not in line and "..." not in line]
 
 
@@ -45,7 +46,18 @@ def test_commands_that_are_shown_have_options_that_there_are(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for arguments in commands(text):
         cli._parser().parse_args(arguments)
-    assert commands(text) or page not in ("README.md", "docs/train.md")
+    assert commands(text) or page not in ("README.md", "docs/train.md", "docs/several-gpus.md")
+
+
+def test_options_of_accelerate_that_are_shown_are_its_own():
+    text = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    shown = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("accelerate launch")]
+    parsed = [launch_command_parser().parse_args(options) for options in shown]
+    assert [(p.multi_gpu, p.use_fsdp, p.use_deepspeed) for p in parsed] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES)

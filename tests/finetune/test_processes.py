@@ -21,19 +21,34 @@ def given(tmp_path_factory):
     return ["--model", save_model(folder / "model"), "--data", *save_texts(folder), *TINY, *RATES]
 
 
-def test_two_processes_share_a_step_and_give_one_processs_adapter(given, tmp_path):
-    assert finetune(*given, *ADAPTER, "--output", tmp_path / "one") == 0
+@pytest.fixture(scope="module")
+def one(given, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    assert finetune(*given, *ADAPTER, "--output", folder) == 0
+    return comparable(folder)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_share_a_step_and_give_one_processs_adapter(launch, given, one, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env.pop("TRITON_INTERPRET", None)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # In a file, because torchrun would take --r for one of its own.
     options = {"r": R, "num-vectors": H, "vector-length": B, "topk": K, "output": str(tmp_path / "two")}
     (tmp_path / "options.json").write_text(json.dumps(options))
-    command = [*launch, "-m", "vblora_triton", "finetune", *map(str, given), "--config", str(tmp_path / "options.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    command = ["-m", "vblora_triton", "finetune", *map(str, given), "--config", str(tmp_path / "options.json")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *command], env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
-    (one, tensors), (two, others) = comparable(tmp_path / "one"), comparable(tmp_path / "two")
-    assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
+    (report, tensors), (two, others) = one, comparable(tmp_path / "two")
+    assert two["loss_after"] == pytest.approx(report["loss_after"], rel=1e-4)
     for name, tensor in tensors.items():
         torch.testing.assert_close(others[name], tensor, rtol=0, atol=2e-3)
     assert done.stdout.count("Written to") == done.stdout.count("VB-LoRA on") / 2 == 1
