@@ -21,7 +21,7 @@ from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
 from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.tuner.sharding import class_of, is_first, is_model_sharded, whole
+from vblora_triton.tuner.sharding import class_of, is_first, is_model_sharded, refuse_parted, whole
 from vblora_triton.tuner.undo import copy_all
 
 # Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
@@ -49,10 +49,12 @@ def adapter_state_dict(
         adapter_name: which.
         state_dict: take the tensors from this state dict of the PeftModel, instead of the model itself.
     Raises:
-        ValueError: the state dict lacks parameters of the adapter, or the adapter cannot be saved in this form.
+        ValueError: the state dict lacks parameters of the adapter, ZeRO-3 has split them, or the adapter cannot be
+            saved in this form.
     """
     keys = {_unsharded(key): _unsharded(live) for key, live in adapter_keys(tuner, adapter_name).items()}
     if state_dict is None:
+        refuse_parted(tuner, keys.values())
         tensors = tuner.adapter_tensors(adapter_name)
     else:
         state_dict = {_unsharded(key): tensor for key, tensor in buffers_outside(tuner).items()} | state_dict

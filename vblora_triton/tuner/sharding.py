@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,6 +55,19 @@ def class_of(module: nn.Module) -> type:
     """Return a module's class, without the one that fully_shard() puts over it."""
     kind = type(module)
     return kind.__bases__[-1] if kind.__bases__[0].__name__ == "FSDPModule" else kind
+
+
+def refuse_parted(tuner: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if DeepSpeed ZeRO-3 has taken the values of parameters, by their names in the PeftModel, away."""
+    parameters = dict(tuner.named_parameters("base_model"))
+    for name in names:
+        shape = getattr(parameters.get(name), "ds_shape", None)
+        if shape is not None and shape != parameters[name].shape:
+            raise ValueError(
+                f"DeepSpeed ZeRO-3 has split {name} over the processes; save inside `with deepspeed.zero."
+                "GatheredParameters([p for p in model.parameters() if p.requires_grad]):`, in every process, with "
+                "`is_main_process` in one of them, or give `state_dict`."
+            )
 
 
 def refuse_sharded(model: nn.Module) -> None:
