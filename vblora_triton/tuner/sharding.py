@@ -58,7 +58,7 @@ def class_of(module: nn.Module) -> type:
 
 
 def refuse_parted(tuner: Any, names: Iterable[str]) -> None:
-    """Raise ValueError if DeepSpeed ZeRO-3 has taken the values of parameters, by their names in the PeftModel, away."""
+    """Raise ValueError if DeepSpeed ZeRO-3 has taken away the values of parameters, named as in the PeftModel."""
     parameters = dict(tuner.named_parameters("base_model"))
     for name in names:
         shape = getattr(parameters.get(name), "ds_shape", None)
