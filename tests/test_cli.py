@@ -243,3 +243,24 @@ def test_help_names_every_option(tmp_path):
     running = ["eval-data", "config", "checkpoint-every", "resume", "report-to"]
     for option in ["model", "data", "output", *adapter, *training, *running, "backend", "dtype"]:
         assert re.search(rf"^  --{option} ", done.stdout, re.MULTILINE), option
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_do_not_spin_unless_somebody_says_so(given, found, tmp_path):
+    # OpenMP reads it when torch is imported.
+    code = """
+import os, sys
+from vblora_triton.cli import main
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.exit(0)
+sys.meta_path.insert(0, Watch())
+main(["finetune", "--model", "nowhere", "--output", sys.argv[1]])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == [found], result.stderr

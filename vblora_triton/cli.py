@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 where something asked for cannot be done, or 130 after Ctrl-C. argparse exits with 2 by
         itself.
     """
+    # Threads that wait spin, and take the time of those that work where others use the machine too: OpenMP reads this
+    # when torch is imported, which is not yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     options = vars(_parser().parse_args(arguments))
     command, run = options.pop("command"), options.pop("run")
     try:
