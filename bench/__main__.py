@@ -142,7 +142,7 @@ def run_on_cpu(options: argparse.Namespace, work: list[Work]) -> int:
     print(f"On {results.header['machine']}:")
     print("ours with backend \"auto\", PEFT's layers, and PEFT's patched by this package,")
     print("turn by turn; a ratio to PEFT's below 1 means that ours is faster.", flush=True)
-    effort = Effort(least=9, most=20, seconds=0.3) if options.quick else Effort(least=20, most=100, seconds=1.5)
+    effort = Effort(least=9, most=20, seconds=0.3) if options.quick else Effort(least=20, most=500, seconds=1.0)
     with progress(len(work)) as step:
         for records in cpu.compare(effort, work):
             step(records[0].id().rpartition("/")[0])

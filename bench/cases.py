@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from bench.floors import Shape
 
@@ -15,6 +16,8 @@ DIRECTIONS = {
     "model": ("step",),
     "load": ("save", "load"),
 }
+# Of one linear on so many threads of a CPU: evaluation, forward with gradients recorded, and backward alone.
+ON_THREADS = ("fwd", "fwd_grad", "bwd")
 # (in, out) of one linear.
 LINEARS: dict[str, Shape] = {
     "llama2_7b_q": (4096, 4096),
@@ -25,10 +28,11 @@ LINEARS: dict[str, Shape] = {
     "llama3_70b_gate": (8192, 28672),
     "llama3_70b_down": (28672, 8192),
     "tiny": (64, 96),
+    "square_384": (384, 384),
     "square_1024": (1024, 1024),
 }
 # For rehearsals, and for the comparison on a CPU.
-NOT_IN_FULL = ("tiny", "square_1024")
+NOT_IN_FULL = ("tiny", "square_384", "square_1024")
 # Of whole models: the fields of a LlamaConfig.
 MODELS = {
     "llama2_7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -52,6 +56,7 @@ class Case:
     dtype: of base and activations, "bf16" or "fp32"; adapters are float32.
     method: "vblora" or "vera".
     r, h, b, k: rank, num_vectors, vector_length, topk; VeRA has the rank alone.
+    threads: of a CPU; None for those that torch takes.
     """
 
     suite: str
@@ -66,6 +71,7 @@ class Case:
     rows: int = 1
     targets: tuple[str, ...] = ALL_LINEARS
     checkpointing: bool = False
+    threads: int | None = None
 
     @property
     def name(self) -> str:
@@ -73,11 +79,16 @@ class Case:
         sizes = f"r{self.r}" + (f"-h{self.h}" if self.method == "vblora" else "")
         extra = "-checkpointing" if self.checkpointing else ""
         few = "-" + "".join(target[0] for target in self.targets) if self.targets != ALL_LINEARS else ""
-        return f"{self.shape}-{sizes}{few}{extra}"
+        threads = f"-t{self.threads}" if self.threads else ""
+        return f"{self.shape}-{sizes}{few}{extra}{threads}"
 
     def id(self, direction: str) -> str:
         """For example layer/fwd_bwd/llama2_7b_q-r4-h256/M4096/bf16/vblora."""
         return f"{self.suite}/{direction}/{self.name}/M{self.M}/{self.dtype}/{self.method}"
+
+    def directions(self) -> tuple[str, ...]:
+        """What is measured of it."""
+        return ON_THREADS if self.threads else DIRECTIONS[self.suite]
 
     def target_modules(self) -> list[str]:
         """The names of what is adapted, of those that there are: a layer alone is its q_proj."""
@@ -173,10 +184,17 @@ def tiny(suite: str) -> list[Case]:
 
 
 def on_cpu(suite: str) -> list[Case]:
-    """What a CPU compares: a linear of 1024 x 1024 at 512 tokens, a small Llama, and its files; all in float32."""
+    """What a CPU compares: linears, a small Llama, and its files; all in float32.
+
+    A linear of 1024 x 1024 at 512 tokens, and two of few and many tokens on one thread and on two.
+    """
     if suite == "layer":
         case = Case("layer", "square_1024", 512, "fp32")
-        return [case, replace(case, h=2048), replace(case, method="vera", r=256)]
+        found = [case, replace(case, h=2048), replace(case, method="vera", r=256)]
+        for threads, (shape, b), M in product((1, 2), (("square_384", 64), ("square_1024", 256)), (16, 384, 2048)):
+            case = Case("layer", shape, M, "fp32", b=b, threads=threads)
+            found += [case, replace(case, method="vera", r=256)]
+        return found
     if suite in ("model", "load"):
         case = Case(suite, "small", 256 if suite == "model" else 0, "fp32", b=64, rows=2)
         return [case, replace(case, method="vera", r=256)]

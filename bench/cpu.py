@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from bench.cases import SUITES, on_cpu, tiny
 from bench.device import Call, Cpu
@@ -26,7 +30,14 @@ NO_RATES = Rates(float("inf"), float("inf"), float("inf"))
 
 
 class Timer(Cpu):
-    """A CPU that only tells the time."""
+    """A CPU that only tells the time: of one thread its own, to which others on the machine add little.
+
+    Args:
+        threads: those of the case, if it says how many.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__(time.process_time if threads == 1 else time.perf_counter)
 
     def launches(self, function: Call) -> None:
         return None
@@ -45,11 +56,24 @@ def work_on_cpu(wanted: Callable[[str], bool], suites: Sequence[str] = SUITES) -
 
 def compare(effort: Effort, work: Sequence[Work]) -> Iterator[list[Record]]:
     """Yield records of the ratios to PEFT on this CPU."""
-    for _, records in measure(work, Timer(), NO_RATES, effort, COMPARED):
+    for case, direction in work:
+        with on_threads(case.threads):
+            ((_, records),) = measure([(case, direction)], Timer(case.threads), NO_RATES, effort, COMPARED)
         for record in records:
             record.suite = PREFIX + record.suite
             record.floor_ms = record.operations = record.bytes_moved = None
         yield records
+
+
+@contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute on so many threads inside the context; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def with_interpreter(module: str, *arguments: str) -> int:

@@ -27,7 +27,7 @@ def work_of(cases: Sequence[Case], wanted: Callable[[str], bool]) -> list[Work]:
         if case.suite == "load":
             found += [(case, "files")] if any(wanted(case.id(d)) for d in ("files", *DIRECTIONS["load"])) else []
             continue
-        found += [(case, direction) for direction in DIRECTIONS[case.suite] if wanted(case.id(direction))]
+        found += [(case, direction) for direction in case.directions() if wanted(case.id(direction))]
     return found
 
 

@@ -14,6 +14,8 @@ from bench.cases import ALL_LINEARS, MODELS, Case
 from bench.floors import Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Directions of layers whose gradients are asked for.
+WITH_GRADIENTS = ("fwd_grad", "bwd", "fwd_bwd")
 # Sets of inputs that take turns.
 SETS = 3
 
@@ -97,7 +99,8 @@ class Workload:
     """Inputs of a case, and what is done with them and a model in one direction.
 
     Args:
-        direction: "fwd" (evaluation, nothing trained), "fwd_bwd" (all gradients), or "step" (with AdamW).
+        direction: "fwd" (evaluation, nothing trained), "fwd_grad" (forward alone, gradients recorded), "bwd" (all
+            gradients, of a forward that is not timed), "fwd_bwd" (both), or "step" (with AdamW).
     """
 
     def __init__(self, case: Case, direction: str, device: torch.device, seed: int = 0) -> None:
@@ -109,7 +112,7 @@ class Workload:
     def _inputs(self) -> Any:
         case = self.case
         if case.suite in ("layer", "block"):
-            x = self._normal(case.M, case.shapes()[0][0]).requires_grad_(self.direction == "fwd_bwd")
+            x = self._normal(case.M, case.shapes()[0][0]).requires_grad_(self.direction in WITH_GRADIENTS)
             outs = [case.shapes()[i][1] for i in ((0,) if case.suite == "layer" else (1, 2, 5, 6))]
             return x, [self._normal(case.M, out) for out in outs]
         # One token of each of M sequences, or `rows` sequences.
@@ -138,14 +141,22 @@ class Workload:
             return lambda i: self._forward(lambda ids: (model(input_ids=ids).logits,), i)
         if self.direction == "fwd":
             return lambda i: self._forward(model, i)
+        if self.direction == "fwd_grad":
+            return lambda i: {f"y{j}": out for j, out in enumerate(model(self.sets[i % len(self.sets)][0]))}
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         names = ["dx", *("d " + common_name(name) for name in trained)]
 
+        # A forward that is not timed is kept, and gone back through again and again.
+        kept = [model(x) for x, _ in self.sets] if self.direction == "bwd" else []
+
         def forward_backward(i: int) -> dict[str, Tensor]:
             x, dys = self.sets[i % len(self.sets)]
-            outs = model(x)
+            outs = kept[i % len(self.sets)] if kept else model(x)
             grads = torch.autograd.grad(
-                outs, [x, *trained.values()], [dy.to(o) for dy, o in zip(dys, outs, strict=True)]
+                outs,
+                [x, *trained.values()],
+                [dy.to(o) for dy, o in zip(dys, outs, strict=True)],
+                retain_graph=bool(kept),
             )
             return {f"y{j}": out for j, out in enumerate(outs)} | dict(zip(names, grads, strict=True))
 
@@ -195,7 +206,7 @@ class Workload:
 
     def saved_kib(self, model: nn.Module) -> float | None:
         """What forward keeps for backward, beside the inputs, the parameters and the frozen matrices."""
-        if self.direction != "fwd_bwd":
+        if self.direction not in WITH_GRADIENTS:
             return None
         x = self.sets[0][0]
         known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}

@@ -286,6 +286,47 @@ def test_without_peft_its_providers_and_files_are_unavailable(monkeypatch):
     assert (record.status, record.reason) == ("unavailable", "peft is not installed")
 
 
+def test_a_cpu_compares_small_and_large_layers_on_one_thread_and_on_two():
+    found = {
+        (case.shape, case.threads, case.M, case.method, direction)
+        for case, direction in cpu.work_on_cpu(lambda identifier: True, ["layer"])
+        if case.threads
+    }
+    sizes = itertools.product(("square_384", "square_1024"), (1, 2), (16, 384, 2048), ("vblora", "vera"))
+    assert found == {(*size, direction) for size in sizes for direction in ("fwd", "fwd_grad", "bwd")}
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd_grad", "bwd"])
+def test_a_case_has_the_threads_that_it_says_and_its_own_pass_alone(direction, monkeypatch):
+    seen = []
+    forward = torch.nn.functional.linear
+
+    def watched(*arguments):
+        seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
+        return forward(*arguments)
+
+    providers = tuple(replace(p, adapt=by_peft) for p in cpu.COMPARED if p.name == "peft")
+    monkeypatch.setattr(cpu, "COMPARED", providers)
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    before = torch.get_num_threads()
+    case = replace(tiny("layer")[1], threads=2)
+    times = []
+    monkeypatch.setattr(cpu.Timer, "time", lambda self, call, i: times.append(timed(call, i, seen)) or (lambda: 1.0))
+    ((record,),) = list(cpu.compare(ONCE, [(case, direction)]))
+    assert record.id() == f"cpu_layer/{direction}/tiny-r8-t2/M12/fp32/vera/peft"
+    assert (record.status, torch.get_num_threads()) == ("ok", before)
+    assert {threads for threads, _ in seen} == {2}
+    # The base, A and B.
+    assert times == [[] if direction == "bwd" else [(2, direction != "fwd")] * 3]
+
+
+def timed(call, i, seen):
+    """What is seen of one call."""
+    before = len(seen)
+    call(i)
+    return seen[before:]
+
+
 def test_a_cpu_compares_what_its_users_run(monkeypatch):
     assert [provider.name for provider in cpu.COMPARED] == ["base", "ours", "peft", "peft_patched"]
     model = cpu.COMPARED[1].adapt(tiny("layer")[0], make_base(tiny("layer")[0], torch.device("cpu")))
