@@ -64,8 +64,9 @@ fix: $(VENV)/.installed
 	$(PY) -m ruff format .
 
 # `make bench BENCH="block --json bench/results/block.json"`; `python -m bench --help` has the options.
+# Threads that spin while they wait would take the time of whoever else uses the machine, and give it back as noise.
 bench: $(INSTALLED)
-	$(PY) -m bench $(BENCH)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(PY) -m bench $(BENCH)
 
 report: $(INSTALLED)
 	$(PY) -m bench.report
