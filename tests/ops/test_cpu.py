@@ -34,6 +34,8 @@ CASES = {
             {"base": False, "layout": "transposed"},
             {"batch": (2, 3, 5), "layout": "gaps"},
             {"batch": ()},
+            {"r": 48},
+            {"r": 48, "dtype": torch.bfloat16},
             {"dtype": torch.bfloat16},
             {"base_dtype": torch.bfloat16},
             {"dtype": torch.float16, "parameter_dtype": torch.float16},
@@ -243,6 +245,16 @@ def test_vblora_keeps_s_its_selection_and_its_matrices_and_vera_its_projection()
     assert kept == case.M * case.r * 4 + rows * case.k * (8 + 4) + case.r * (case.K + case.N) * 4
     case = VeraCase(M=64, K=256, N=512, r=32, device="cpu")
     tensors = case.tensors()
+    kept = saved_bytes(lambda: ops.vera_linear(*arguments(tensors)), list(tensors.values()))
+    assert kept == case.M * case.r * 4
+
+
+def test_vera_of_a_narrow_layer_keeps_what_pefts_does_and_no_more():
+    case = VeraCase(M=64, K=256, N=128, r=32, device="cpu")
+    tensors = case.tensors()
+    kept = saved_bytes(lambda: ops.vera_linear(*arguments(tensors)), list(tensors.values()))
+    assert kept == case.M * (case.r + case.N) * 4
+    tensors["lambda_b"].requires_grad_(False)
     kept = saved_bytes(lambda: ops.vera_linear(*arguments(tensors)), list(tensors.values()))
     assert kept == case.M * case.r * 4
 

@@ -78,6 +78,17 @@ def test_who_looks_on_or_has_switched_onednn_off_sees_torchs_own_product(operand
     assert operands == []
 
 
+def test_a_processor_without_avx512_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert cpu.onednn.__wrapped__() is None
+
+
+@pytest.mark.parametrize("M", [1, 20, 200])
+def test_times_is_the_product_with_the_matrix_as_it_is(M):
+    a, b = matrix(M, 300, "contiguous"), matrix(300, 130, "contiguous")
+    assert_as_exact_as_eager(cpu.times(a, b), a @ b, a.double() @ b.double(), torch.float32, "product")
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("method", ["vblora", "vera"])
 def test_the_base_is_multiplied_likewise_in_both_passes(method, bias, operands):

@@ -202,7 +202,8 @@ def _likeness(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     for argument in arguments if type(base) is not FrozenLinear else (*base, *arguments):
         kind = type(argument)
         if kind is Tensor or kind is nn.Parameter:
-            found += argument.dtype, argument.device, argument.shape, argument.requires_grad
+            # A device takes longer to hash and to compare than all else.
+            found += argument.dtype, argument.is_cpu or argument.device, argument.shape, argument.requires_grad
         elif kind is FrozenLinear:
             found.append(kind)
         elif argument is None or kind in (int, float, str, bool):

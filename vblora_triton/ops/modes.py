@@ -62,9 +62,12 @@ def is_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+_here = nullcontext()
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside the context products keep their own dtypes: autocast is for the base model."""
-    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else _here
 
 
 def below_autograd() -> AbstractContextManager[Any]:

@@ -19,8 +19,7 @@ them may then compute all of them, and the others find their results (`triton_to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
@@ -105,26 +104,30 @@ def _of_this_thread() -> _Shared | None:
     return shared if shared is not None and shared.thread == get_ident() else None
 
 
-@contextmanager
-def shared_inputs(readers: Readers | None = None) -> Iterator[None]:
+class shared_inputs:  # noqa: N801
     """Let layers that read the very same tensor, inside the context, share; only what `readers` note outlives it.
 
     Args:
         readers: of the model whose forward pass it is.
     """
-    if readers is not None and not torch.is_grad_enabled():
-        # Of a model that is not trained any more no tensor is kept, nor of one that has got other parameters.
-        readers.following = {}
-    shared = _Shared(readers)
-    token = _shared.set(shared)
-    try:
-        yield
-        shared.leaves()
-        if readers is not None and shared.following:
-            # Of calls that did not come back nothing is kept.
-            readers.following = shared.following
-    finally:
-        _shared.reset(token)
+
+    def __init__(self, readers: Readers | None = None) -> None:
+        self._readers = readers
+
+    def __enter__(self) -> None:
+        if self._readers is not None and not torch.is_grad_enabled():
+            # Of a model that is not trained any more no tensor is kept, nor of one that has got other parameters.
+            self._readers.following = {}
+        self._pass = _Shared(self._readers)
+        self._token = _shared.set(self._pass)
+
+    def __exit__(self, error: object, *_: object) -> None:
+        _shared.reset(self._token)
+        if error is None:
+            self._pass.leaves()
+            if self._readers is not None and self._pass.following:
+                # Of calls that did not come back nothing is kept.
+                self._readers.following = self._pass.following
 
 
 def newest_alias(x: Tensor) -> Tensor | None:

@@ -32,8 +32,10 @@ def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
         or everywhere._global_backward_pre_hooks
     ):
         return None
-    weight, bias = base_layer.weight, base_layer.bias
-    if not modes.is_plain(x, weight, bias) or modes.is_autocast(x.device.type):
+    # Of the parameters, which are found sooner than attributes; some wrappers keep them elsewhere.
+    parameters = base_layer._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or not modes.is_plain(x, weight, bias) or modes.is_autocast(x.device.type):
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad) or x.device != weight.device:
         return None
@@ -77,10 +79,12 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        # nn.Module's attributes are found by a longer way, which few rows notice.
+        base_layer: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
         adapters = [name for name in self.active_adapters if name in self.r and name not in self.merged_adapters]
         own = self.owns_base and adapters and not (args or kwargs)
-        base = frozen_linear(self.base_layer, x) if own else None
-        y: Any = self.base_layer(x, *args, **kwargs) if base is None else base
+        base = frozen_linear(base_layer, x) if own else None
+        y: Any = base_layer(x, *args, **kwargs) if base is None else base
         for adapter in adapters:
             y = self._add_update(adapter, x, y)
         return y
@@ -96,8 +100,9 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
             delta = self._delta(adapter)
         return delta.T if self.fan_in_fan_out else delta
 
-    def _op_options(self, dropout: nn.Module) -> dict[str, Any]:
+    def _op_options(self, adapter: str) -> dict[str, Any]:
         """Return what every op takes by keyword, with the probability of an nn.Dropout, or none of an nn.Identity."""
+        dropout: nn.Module = self._modules[self.dropout_name]._modules[adapter]  # type: ignore[union-attr, assignment]
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         return {"dropout_p": p, "training": dropout.training, "backend": self.backend}
 

@@ -337,7 +337,8 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
             self._share_own()
         try:
             with self.running():
-                return self.model(*args, **kwargs)
+                # Found sooner than the attribute.
+                return self._modules["model"](*args, **kwargs)  # type: ignore[misc]
         except Exception as error:
             empty = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor) and not part.numel()]
             if not empty:

@@ -190,9 +190,9 @@ class Linear(AdaptedLinear, VBLoRALayer):
         bank = self.vblora_vector_bank[adapter]
         # Of a model that is spread over devices, the one bank is elsewhere for some layers.
         bank = bank if bank.device == x.device else bank.to(x.device)
-        options = self._op_options(self.vblora_dropout[adapter])
-        if adapter in self.vblora_topk:
-            own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]
+        options = self._op_options(adapter)
+        own: TopkLogits | None = self._modules["vblora_topk"]._modules.get(adapter)  # type: ignore[union-attr, assignment]
+        if own is not None:
             return ops.vblora_linear_selected(x, base, *own.selection(), bank, **options)
         logits = (parameter_of(self, "vblora_logits_A", adapter), parameter_of(self, "vblora_logits_B", adapter))
         hooked = self._forward_pre_hooks or self._forward_hooks

@@ -12,7 +12,7 @@ from vblora_triton.ops import shared_input
 from vblora_triton.ops.dispatch import resolve
 from vblora_triton.tuner.fields import check_int
 from vblora_triton.tuner.layer import BaseTunerLayer
-from vblora_triton.tuner.linear import AdaptedLinear
+from vblora_triton.tuner.linear import AdaptedLinear, parameter_of
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.projection import ProjectionDict
 
@@ -144,8 +144,8 @@ class Linear(AdaptedLinear, VeraLayer):
 
     def _add_update(self, adapter: str, x: Tensor, base: Tensor | ops.FrozenLinear) -> Tensor:
         A, B = self._projections(adapter, x.device)
-        lambdas = (self.vera_lambda_b[adapter], self.vera_lambda_d[adapter])
-        options = self._op_options(self.vera_dropout[adapter])
+        lambdas = (parameter_of(self, "vera_lambda_b", adapter), parameter_of(self, "vera_lambda_d", adapter))
+        options = self._op_options(adapter)
         # A hook before the layer may have written into x and left no trace of it.
         plain = not self._forward_pre_hooks and A is self.vera_A[adapter]
         dropped = options["training"] and options["dropout_p"]
