@@ -1,10 +1,11 @@
 """Everything that only a GPU can show: `make gpu PY=python3 OUT=folder`, or some of its parts, PARTS="first ops".
 
-The suite natively in three parts, the decisive tests first; compute-sanitizer on small cases where it is installed; the
-quick cases of the benchmark; each kernel's time beside its forecast. It writes gpu.json to the folder; parts that are
-run later into the same folder join those that are there. Each part keeps to --seconds, by default what fits a command
-of its own that may take 600 s. Beside gpu.json each part of the suite writes a line of JSON for every test as it ends:
-a run that is killed leaves them. Without a GPU it says so and exits 3.
+The suite natively in three parts, the decisive tests first; what the forecast assumes, asked of the GPU;
+compute-sanitizer on small cases where it is installed; the quick cases of the benchmark; each kernel's time beside its
+forecast. It writes gpu.json to the folder; parts that are run later into the same folder join those that are there.
+Each part keeps to --seconds, by default what fits a command of its own that may take 600 s. Beside gpu.json each part
+of the suite writes a line of JSON for every test as it ends: a run that is killed leaves them. Without a GPU it says so
+and exits 3.
 """
 
 import argparse
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 
+from bench.device import Cuda
 from bench.environment import environment
 from bench.records import load, problems
 from tools.forecast.compare import RESULTS, compare
+from tools.questions import answers
 
 ROOT = Path(__file__).parents[1]
 # Of the suite what runs kernels, by parts, and the processes that share one: each compiles what it runs. Tests of full
@@ -128,6 +131,11 @@ def run_forecast(folder: Path, seconds: float, commit: str | None = None) -> dic
     return {"ok": True, "kernels": compare()}
 
 
+def run_questions(folder: Path, seconds: float, commit: str | None = None) -> dict[str, Any]:
+    """Ask the GPU what the forecast assumes."""
+    return {"ok": True, **answers(Cuda())}
+
+
 def run_part(part: str, folder: Path, seconds: float, commit: str | None) -> dict[str, Any]:
     """Run one part; what it raises is its result."""
     try:
@@ -145,7 +153,10 @@ def earlier(path: Path) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Path, float, str | None], dict[str, Any]]] = {
-    **{part: partial(run_tests, part) for part in TESTS},
+    "first": partial(run_tests, "first"),
+    "questions": run_questions,
+    "ops": partial(run_tests, "ops"),
+    "layers": partial(run_tests, "layers"),
     "sanitizer": run_sanitizer,
     "times": run_times,
     "forecast": run_forecast,

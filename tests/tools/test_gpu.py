@@ -103,7 +103,7 @@ def test_what_a_test_spoils_ends_with_it_and_every_test_leaves_a_line(suite, tmp
 
 def test_a_part_that_runs_out_of_time_leaves_what_had_ended_and_no_process(suite, tmp_path):
     suite.write_text("import time\n\ndef test_quick():\n    pass\n\ndef test_slow():\n    time.sleep(1000)\n")
-    found = gpu.run_tests("some", tmp_path, 15)
+    found = gpu.run_tests("some", tmp_path, 8)
     assert (found["ok"], found["exit_code"], found["passed"]) == (False, None, 1)
     assert found["seconds"] < 60
     assert not [line for line in subprocess.check_output(["ps", "ax"], text=True).splitlines() if str(suite) in line]
