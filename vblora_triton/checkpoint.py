@@ -316,8 +316,7 @@ def fill_adapter(
         AdapterFileError: values that do not fit the dtype that the model gives them. What has changed by then is for
             the caller to undo.
     """
-    base = next((layer.weight.dtype for _, layer in tuner.adapted_layers()), torch.float32)
-    base = base if base.is_floating_point else torch.float32
+    base = next((layer.base_dtype for _, layer in tuner.adapted_layers()), torch.float32)
     done = tuner.set_form(adapter_name, tensors)
     aside, written = tuner.biases_aside(adapter_name), []
     for key, live in adapter_keys(tuner, adapter_name).items():
@@ -366,12 +365,12 @@ def _unsharded(key: str) -> str:
 def _device(tuner: BaseTuner, owner_name: str) -> torch.device:
     """Return where a parameter of an adapter belongs: with its layer's weight, or where the model begins."""
     layer = tuner.get_submodule(owner_name.rpartition(".")[0])
-    weight = layer.weight if isinstance(layer, BaseTunerLayer) else next(tuner.model.parameters())
-    if weight.is_meta:
+    device = layer.base_device if isinstance(layer, BaseTunerLayer) else next(tuner.model.parameters()).device
+    if device.type == "meta":
         # Where accelerate computes what it keeps on the CPU or on disk; a model without values has no such hook.
         module = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
-    return weight.device
+    return device
 
 
 def _some(items: list[str], separator: str = ", ", most: int = 12) -> str:

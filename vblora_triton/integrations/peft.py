@@ -19,11 +19,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vblora_triton import ops
 from vblora_triton.integrations import topk_refusal
 from vblora_triton.ops.dispatch import check_backend
+from vblora_triton.ops.reference import frozen_product
 from vblora_triton.tuner.linear import frozen_linear
 
 # The sources that the functions below stand for, by `_digest`: those of these versions of peft, all that are between.
@@ -351,5 +351,5 @@ def _dropped(dropout: nn.Module, x: Tensor, base: _Base) -> tuple[Tensor, _Base,
         return x, base, {"dropout_p": dropout.p, "training": dropout.training}
     after = dropout(x)
     if after is not x and isinstance(base, ops.FrozenLinear):
-        base = F.linear(x, *base)
+        base = frozen_product(x, base)
     return after, base, {}

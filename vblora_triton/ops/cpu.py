@@ -116,8 +116,14 @@ def _handed_on(ctx: Any, y: Tensor, x: Tensor, hands_on: object) -> Any:
     return y, x.detach()
 
 
-def _weight(base: Tensor | FrozenLinear | None) -> Tensor | None:
-    return base.weight if isinstance(base, FrozenLinear) else None
+def _kept_weight(ctx: Any, base: Tensor | FrozenLinear | None) -> Tensor | None:
+    """What is saved of the base's weight, whose product is ours: nothing where it is made again."""
+    ctx.again = base.again if isinstance(base, FrozenLinear) else None
+    return base.weight if isinstance(base, FrozenLinear) and ctx.again is None else None
+
+
+def _weight(ctx: Any, kept: Tensor | None) -> Tensor | None:
+    return kept if ctx.again is None else ctx.again()
 
 
 def _base_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
@@ -204,7 +210,7 @@ class _VBLoRALinear(torch.autograd.Function):
         indices, weights = select(_side_by_side(logits_A, logits_B), topk)
         AB = _mixed(indices, weights, vector_bank)
         y, s = _updated(x, base, AB)
-        ctx.save_for_backward(x, s, indices, weights, AB, vector_bank, _weight(base))
+        ctx.save_for_backward(x, s, indices, weights, AB, vector_bank, _kept_weight(ctx, base))
         ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
         return _handed_on(ctx, y, x, hands_on)
 
@@ -213,13 +219,14 @@ class _VBLoRALinear(torch.autograd.Function):
     def backward(ctx, dy, others=None):
         if dy is None:
             return others, *[None] * 6
-        x, s, indices, weights, AB, bank, weight = ctx.saved_tensors
+        x, s, indices, weights, AB, bank, kept = ctx.saved_tensors
         need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
         A, B_t = _parts(_as(AB, s.dtype), x.shape[-1])
         dy_rows = _as(_rows(dy), s.dtype)
         ds = F.linear(dy_rows, B_t)
         dx = d_logits_A = d_logits_B = d_bank = None
         if need_x:
+            weight = _weight(ctx, kept)
             if weight is not None and dy.dtype == s.dtype:
                 dx = _base_input_grad(dy, weight).addmm_(ds, A)
             else:
@@ -303,7 +310,7 @@ class _VeraLinear(torch.autograd.Function):
     def forward(ctx, x, base, lambda_b, lambda_d, A, B, hands_on):
         y, p, q = _scaled(x, base, lambda_b, lambda_d, A, B)
         keeps = ctx.needs_input_grad[2] and len(lambda_b) <= MOST_KEPT * len(lambda_d)
-        ctx.save_for_backward(p, q if keeps else None, lambda_b, lambda_d, A, B, _weight(base))
+        ctx.save_for_backward(p, q if keeps else None, lambda_b, lambda_d, A, B, _kept_weight(ctx, base))
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return _handed_on(ctx, y, x, hands_on)
 
@@ -312,7 +319,7 @@ class _VeraLinear(torch.autograd.Function):
     def backward(ctx, dy, others=None):
         if dy is None:
             return others, *[None] * 6
-        p, q, lambda_b, lambda_d, A, B, weight = ctx.saved_tensors
+        p, q, lambda_b, lambda_d, A, B, kept = ctx.saved_tensors
         need_x, need_base, need_b, need_d = ctx.needs_input_grad[:4]
         B = _as(_first(B, 0, lambda_b.shape[0]), p.dtype)
         dy_rows = _as(_rows(dy), p.dtype)
@@ -325,6 +332,7 @@ class _VeraLinear(torch.autograd.Function):
             d_lambda_d = _as((du * p).sum(0), lambda_d.dtype) if need_d else None
         if need_x:
             dx = times(du.mul_(lambda_d), _as(_first(A, 1, ctx.x_shape[-1]), p.dtype))
+            weight = _weight(ctx, kept)
             dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
             dx = _with_others(dx, ctx.x_shape, ctx.x_dtype, others)
         return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None

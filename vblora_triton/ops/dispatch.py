@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vblora_triton.ops import cpu, modes, reference, triton_vblora, triton_vera
-from vblora_triton.ops.reference import FrozenLinear
+from vblora_triton.ops.reference import FrozenLinear, frozen_product
 from vblora_triton.ops.register import Operator
 
 # Limits of the kernels; beyond them PyTorch computes.
@@ -32,7 +31,7 @@ Sizes = tuple[tuple[str, int, int], ...]
 
 def _with_base(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(x: Tensor, base: Tensor | FrozenLinear | None, *rest: Any) -> Tensor:
-        return op(x, F.linear(x, *base) if isinstance(base, FrozenLinear) else base, *rest)
+        return op(x, frozen_product(x, base) if isinstance(base, FrozenLinear) else base, *rest)
 
     return run
 
@@ -199,12 +198,12 @@ def _likeness(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What decides a call, of ordinary tensors and where nobody observes; else None."""
     x, base = arguments[:2]
     found: list[Any] = [_default_backend, torch.is_grad_enabled()]
-    for argument in arguments if type(base) is not FrozenLinear else (*base, *arguments):
+    for argument in arguments if not isinstance(base, FrozenLinear) else (*base, *arguments):
         kind = type(argument)
         if kind is Tensor or kind is nn.Parameter:
             # A device takes longer to hash and to compare than all else.
             found += argument.dtype, argument.is_cpu or argument.device, argument.shape, argument.requires_grad
-        elif kind is FrozenLinear:
+        elif issubclass(kind, FrozenLinear):
             found.append(kind)
         elif argument is None or kind in (int, float, str, bool):
             # True is 1, and is not taken for it.

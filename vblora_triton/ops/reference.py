@@ -3,7 +3,10 @@
 The shortest correct PyTorch, differentiable by autograd, without speed tricks. Shapes are checked in `ops`.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,46 @@ class FrozenLinear(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None = None
+
+    @property
+    def again(self) -> Callable[[], Tensor] | None:
+        """What makes the weight once more for backward, so that none of its size is kept; None: it is kept itself."""
+        return None
+
+
+class DequantizedLinear(FrozenLinear):
+    """A FrozenLinear whose layer keeps a quantised weight, of which this one was made, and is made for backward."""
+
+    _again: Callable[[], Tensor]
+
+    def __new__(cls, weight: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> DequantizedLinear:
+        made = super().__new__(cls, weight, bias)
+        made._again = again
+        return made
+
+    @property
+    def again(self) -> Callable[[], Tensor]:
+        """Makes the weight."""
+        return self._again
+
+
+class _MadeAgain(torch.autograd.Function):
+    """F.linear with a frozen weight that is made again for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
+        ctx.again, ctx.dtype = again, x.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = (dy @ ctx.again().to(dy.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None
+
+
+def frozen_product(x: Tensor, base: FrozenLinear) -> Tensor:
+    """Return x W^T + bias, differentiable in x; in the weight and the bias too where that is not made again."""
+    return F.linear(x, base.weight, base.bias) if base.again is None else _MadeAgain.apply(x, *base, base.again)
 
 
 def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:

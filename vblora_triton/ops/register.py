@@ -89,11 +89,12 @@ class Differentiable(Operator):
 
             @staticmethod
             def forward(ctx, *args):
-                weight, hands_on = None, args[-1] is HANDS_ON
+                weight, again, hands_on = None, None, args[-1] is HANDS_ON
                 args = args[:-1] if hands_on else args
                 with modes.below_autograd():
                     if has_base and isinstance(args[1], FrozenLinear):
                         x, (weight, bias), *rest = args
+                        again = args[1].again
                         y = allocate(x, None, *rest)
                         args = (x, None if bias is None else bias.expand(y.shape), *rest)
                         kept = forward(y, *args)
@@ -105,7 +106,8 @@ class Differentiable(Operator):
                         y, *kept = fwd.operator(*args)
                 if ctx is not None:
                     tensors, ctx.others = saved(kept, *args)
-                    ctx.save_for_backward(weight, *tensors)
+                    ctx.again = again
+                    ctx.save_for_backward(weight if again is None else None, *tensors)
                 if hands_on:
                     ctx.set_materialize_grads(False)
                     return y, args[0].detach()
@@ -130,8 +132,10 @@ class Differentiable(Operator):
                         found = run(dy, *tensors, *ctx.others, needs, *into)
                         if received is not None and not into:
                             found[0].add_(received)
-                        if weight is not None and needs[0]:
-                            rows_of(found[0]).addmm_(rows_of(dy), weight)
+                        if needs[0]:
+                            weight = weight if ctx.again is None else ctx.again()
+                            if weight is not None:
+                                rows_of(found[0]).addmm_(rows_of(dy), weight)
                     wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
                     for position, grad in zip(wanted, found, strict=True):
                         grads[position] = grad  # type: ignore[index]

@@ -2,12 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vblora_triton.ops import checks
 from vblora_triton.ops.dispatch import Choice, choose, choose_linear, remembered, vblora_sizes
 from vblora_triton.ops.modes import no_autocast
-from vblora_triton.ops.reference import FrozenLinear, Selection
+from vblora_triton.ops.reference import FrozenLinear, Selection, frozen_product
 from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 from vblora_triton.ops.triton_together import linear_together
 
@@ -92,7 +91,7 @@ def vblora_linear(
         y = linear_together(_settle_linear, chosen, x, *arguments)
         if y is not None:
             return y
-    base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
+    base = frozen_product(x, base) if chosen.calls_base else base  # type: ignore[arg-type]
     alias = newest_alias(x) if chosen.may_hand_on else None
     with no_autocast(x.device.type):
         if alias is None:
@@ -194,7 +193,7 @@ def vblora_linear_selected(
     """
     selection = (indices_A, weights_A, indices_B, weights_B)
     chosen = _settle_selected(x, base, *selection, vector_bank, dropout_p, training, backend)
-    base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
+    base = frozen_product(x, base) if chosen.calls_base else base  # type: ignore[arg-type]
     with no_autocast(x.device.type):
         # Backends read the selection as rows without gaps.
         return chosen.run(x, base, *[t.contiguous() for t in selection], vector_bank, *chosen.dropout(x))

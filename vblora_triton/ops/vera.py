@@ -4,12 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vblora_triton.ops import checks, triton_vera
 from vblora_triton.ops.dispatch import Choice, choose_linear, remembered, vera_sizes
 from vblora_triton.ops.modes import no_autocast
-from vblora_triton.ops.reference import FrozenLinear
+from vblora_triton.ops.reference import FrozenLinear, frozen_product
 from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 
 
@@ -101,7 +100,7 @@ def vera_linear(
     chosen = _settle_linear(x, base, lambda_b, lambda_d, A, B, dropout_p, training, backend)
     if projected is not None:
         checks.check_projected_input(x, A, *projected, chosen.dropout_p)
-    base = F.linear(x, *base) if chosen.calls_base else base  # type: ignore[misc]
+    base = frozen_product(x, base) if chosen.calls_base else base  # type: ignore[arg-type]
     rest = chosen.dropout(x)
     if chosen.backend == "triton":
         # The kernels take the projected input, which has the dropout in it, and both again for backward.

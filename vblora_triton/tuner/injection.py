@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from vblora_triton.tuner.config import PeftConfig
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper, UnsupportedTargetError, linear_features
@@ -77,9 +78,9 @@ def make_plan(
     targets = find_targets(settled, model)
     warn_of_idle_names(config.target_modules, model, defaults)
     _check_kinds(targets, modules)
-    layouts = {isinstance(module, nn.Linear) for module in targets.values()}
+    layouts = {isinstance(module, Conv1D) for module in targets.values()}
     if len(layouts) == 1:
-        settled.fan_in_fan_out = False in layouts
+        settled.fan_in_fan_out = True in layouts
     return InjectionPlan(settled, targets, saved, _trained_biases(settled, model, targets, saved))
 
 
@@ -88,8 +89,8 @@ def _check_kinds(targets: dict[str, nn.Module], modules: dict[str, nn.Module]) -
     if wrong:
         raise UnsupportedTargetError(
             f"Target module {', '.join(wrong)} is not supported. Currently, only `torch.nn.Linear` and "
-            "`transformers.pytorch_utils.Conv1D` are: name such in `target_modules`, or take these out with "
-            "`exclude_modules`."
+            "`transformers.pytorch_utils.Conv1D` are, and quantised layers whose class is called Linear: name such in "
+            "`target_modules`, or take these out with `exclude_modules`."
         )
     unreachable = [name for name in targets if never_called(modules, name)]
     if unreachable:

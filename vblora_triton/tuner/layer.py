@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from vblora_triton.integrations import quantization
 from vblora_triton.tuner.seen import SeenAsPefts
 from vblora_triton.tuner.state import AdapterState, as_names
-from vblora_triton.tuner.undo import copy_all
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in_features, out_features) of a linear layer, or None for a module that is none."""
+    """Return (in_features, out_features) of a linear layer, quantised or not, or None for a module that is none."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    return None
+    return quantization.features(module)
 
 
 class UnsupportedTargetError(TypeError, ValueError):
@@ -40,8 +40,9 @@ class BaseTunerLayer(AdapterState):
     r: dict, adapter -> rank; it holds every adapter that the layer has.
     backend: "auto", "triton" or "reference"; see `ops.use_backend`.
     fan_in_fan_out: the base layer, transformers' Conv1D, stores its weight (in_features, out_features).
-    keep_base_weight: hold a copy of the weight while adapters are merged, so that `unmerge` restores it bit for bit.
-        It costs the memory of the weight. Turned off, `unmerge` subtracts the matrices again, exact to rounding.
+    keep_base_weight: hold the weight as it was while adapters are merged, so that `unmerge` restores it bit for bit.
+        It costs the memory of the weight. Turned off, `unmerge` subtracts the matrices again, exact to rounding; of a
+        quantised weight, which would be rounded to its format once more, it refuses to.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -57,7 +58,7 @@ class BaseTunerLayer(AdapterState):
     training: bool
     backend: str
     keep_base_weight: bool = True
-    _base_weight: Tensor | None = None
+    _base_weight: quantization.Content | None = None
     # In a tuple, where nn.Module does not see modules to register: they are the model's own. Copying and pickling keep
     # them so, and .to() changes the parameters inside them.
     _shared: tuple[Any, ...] = ()
@@ -91,6 +92,17 @@ class BaseTunerLayer(AdapterState):
         return self.base_layer.weight
 
     @property
+    def base_device(self) -> torch.device:
+        """Where the base layer is; quantised ones may have no `weight`."""
+        return quantization.device_of(self.base_layer)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype of the base weight, or float32 where that holds no numbers that count as they are."""
+        dtype = getattr(getattr(self.base_layer, "weight", None), "dtype", None)
+        return dtype if dtype in quantization.FLOATS else torch.float32
+
+    @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias
@@ -118,7 +130,8 @@ class BaseTunerLayer(AdapterState):
 
         It has none on the meta device, where the base weight is or torch.device() says so.
         """
-        return torch.empty(shape, dtype=torch.float32, device=self.weight.device if self.weight.is_meta else None)
+        device = self.base_device
+        return torch.empty(shape, dtype=torch.float32, device=device if device.type == "meta" else None)
 
     def _hold(
         self, adapter_name: str, r: int, dropout: float, parameters: dict[str, Tensor], *shared: Any, frozen: bool
@@ -136,9 +149,7 @@ class BaseTunerLayer(AdapterState):
         dropouts[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         dropouts[adapter_name].train(self.training)
         for name, values in parameters.items():
-            getattr(self, name)[adapter_name] = nn.Parameter(
-                values if values.is_meta else values.to(self.weight.device)
-            )
+            getattr(self, name)[adapter_name] = nn.Parameter(values if values.is_meta else values.to(self.base_device))
         self._shared = shared
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters and not frozen)
 
@@ -160,12 +171,11 @@ class BaseTunerLayer(AdapterState):
                     parameters[adapter].requires_grad_(requires_grad and self.is_trainable(adapter))
 
     def cast_adapter(self, adapter_name: str) -> None:
-        """Give the adapter's parameters, all or none, the dtype of the base weight, where that is floating."""
-        if self.weight.is_floating_point():
-            parameters = [tensor for tensor in self.tensors_of(adapter_name) if isinstance(tensor, nn.Parameter)]
-            values = [parameter.detach().to(self.weight.dtype) for parameter in parameters]
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.data = value
+        """Give the adapter's parameters, all or none, the dtype of the base weight; see `base_dtype`."""
+        parameters = [tensor for tensor in self.tensors_of(adapter_name) if isinstance(tensor, nn.Parameter)]
+        values = [parameter.detach().to(self.base_dtype) for parameter in parameters]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Say whether the adapter holds what training needs."""
@@ -191,7 +201,7 @@ class BaseTunerLayer(AdapterState):
         """Name the adapters that a call of `merge` adds: of those asked for, what this layer has and has not merged.
 
         Raises:
-            TypeError: `adapter_names` is a string, or the weight is not floating (a quantised base).
+            TypeError: `adapter_names` is a string, or the base is quantised in a way that cannot be written.
         """
         if isinstance(adapter_names, str):
             raise TypeError(
@@ -201,62 +211,76 @@ class BaseTunerLayer(AdapterState):
         asked = self.active_adapters if adapter_names is None else adapter_names
         available = self.available_adapters()
         names = [name for name in dict.fromkeys(asked) if name in available and name not in self.merged_adapters]
-        if names and not self.weight.is_floating_point():
-            raise TypeError(
-                f"The base layer is a {type(self.base_layer).__name__} with a weight of {self.weight.dtype}; "
-                "merging into quantised weights is not supported: load the base unquantised to merge."
-            )
+        if names:
+            quantization.check_mergeable(self.base_layer)
         return names
 
     def merged_weight(self, adapter_names: list[str], check_finite: bool = False) -> Tensor:
-        """Return the base weight with the adapters added: summed in float32, rounded once to the weight's dtype.
+        """Return the base weight, dequantised, with the adapters added: summed in float32 at least, not yet rounded.
 
         Raises:
             ValueError: with `check_finite`, the result is not finite; the message names the adapter.
         """
         with torch.no_grad():
+            weight = quantization.weight(self.base_layer)
             # float64 weights keep their bits.
-            total = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+            total = weight.to(torch.promote_types(weight.dtype, torch.float32))
             for adapter in adapter_names:
                 total = total + self.get_delta_weight(adapter)
-                if check_finite and not torch.isfinite(total.to(self.weight.dtype)).all():
+                if check_finite and not torch.isfinite(total.to(weight.dtype)).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: merging "
                         f"{adapter!r} gives weights that are not finite. Nothing was changed."
                     )
-            return total.to(self.weight.dtype)
+            return total
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight, after which the forward no longer computes them.
 
-        weight <- cast(weight + sum_adapters get_delta_weight(adapter)), in float32
+        weight <- round(weight + sum_adapters get_delta_weight(adapter)), in float32
+
+        A quantised weight is dequantised, and rounded to its format again, of which a warning tells.
 
         Args:
             safe_merge: check that the result is finite before anything is changed.
             adapter_names: adapters to merge; the active ones by default.
         Raises:
             ValueError: with `safe_merge`, the result is not finite.
-            TypeError: `adapter_names` is no list, or the base is quantised.
+            TypeError: `adapter_names` is no list, or the base is quantised in a way that cannot be written.
         """
         names = self.adapters_to_merge(adapter_names)
-        if not names:
-            if self.merged:
-                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-            return
-        weight = self.merged_weight(names, safe_merge)
-        if self.keep_base_weight and not self.merged:
-            self._base_weight = self.weight.detach().clone()
-        copy_all([(self.weight, weight)])
-        self.merged_adapters.extend(names)
+        if names:
+            quantization.warn_of_rounding([self.base_layer])
+            self.add_to_weight(names, safe_merge)
+        elif self.merged:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
 
-    def unmerged_weight(self) -> Tensor:
-        """Return the base weight without the merged adapters: bit for bit, where `keep_base_weight` was on."""
+    def add_to_weight(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Merge adapters that `adapters_to_merge` has named."""
+        weight = quantization.quantised(self.base_layer, self.merged_weight(adapter_names, safe_merge))
+        if self.keep_base_weight and not self.merged:
+            self._base_weight = quantization.content(self.base_layer)
+        quantization.put(self.base_layer, weight)
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerged_weight(self) -> quantization.Content:
+        """Return the base weight without the merged adapters: bit for bit, where `keep_base_weight` was on.
+
+        Raises:
+            ValueError: it was off, and the base is quantised.
+        """
         if self._base_weight is not None:
-            return self._base_weight
+            return quantization.moved(self._base_weight, self.base_device)
+        if quantization.is_quantised(self.base_layer):
+            raise ValueError(
+                f"The base layer is a {type(self.base_layer).__name__}, and its weight was not kept when adapters were "
+                "merged (`keep_base_weight` was False): subtracting them again would round it once more. Load the base "
+                "again."
+            )
         with torch.no_grad():
             deltas = [self.get_delta_weight(adapter) for adapter in self.merged_adapters]
             wide = torch.promote_types(self.weight.dtype, torch.float32)
-            return (self.weight.to(wide) - torch.stack(deltas).sum(0)).to(self.weight.dtype)
+            return quantization.quantised(self.base_layer, self.weight.to(wide) - torch.stack(deltas).sum(0))
 
     def check_loadable(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raise ValueError if a state dict is for this layer, whose weight is not its own while adapters are merged."""
@@ -275,7 +299,7 @@ class BaseTunerLayer(AdapterState):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        copy_all([(self.weight, self.unmerged_weight())])
+        quantization.put(self.base_layer, self.unmerged_weight())
         self._base_weight = None
         self.merged_adapters.clear()
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from vblora_triton import ops
+from vblora_triton.integrations import quantization
 from vblora_triton.ops import modes
+from vblora_triton.ops.reference import DequantizedLinear
 from vblora_triton.tuner.layer import BaseTunerLayer
 
 
@@ -18,9 +20,10 @@ def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
 
     It may where calling the module is nothing but that product, and nobody would notice: no subclass (quantised
     layers are some), no replaced forward (offloading), no hooks (ZeRO-3), no training, no autocast to another dtype.
+    Of a quantised layer, and many rows, the weight is dequantised, and again for backward.
     """
     everywhere = torch.nn.modules.module
-    if type(base_layer) not in (nn.Linear, Conv1D) or (
+    if (
         "forward" in vars(base_layer)
         or base_layer._forward_hooks
         or base_layer._forward_pre_hooks
@@ -35,11 +38,16 @@ def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
     # Of the parameters, which are found sooner than attributes; some wrappers keep them elsewhere.
     parameters = base_layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or not modes.is_plain(x, weight, bias) or modes.is_autocast(x.device.type):
+    kind = type(base_layer)
+    plain = (kind is nn.Linear or kind is Conv1D) and type(weight) in (Tensor, nn.Parameter)
+    if not modes.is_plain(x, weight if plain else None, bias) or modes.is_autocast(x.device.type):
         return None
-    if weight.requires_grad or (bias is not None and bias.requires_grad) or x.device != weight.device:
+    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad) or x.device != weight.device:
         return None
-    return ops.FrozenLinear(weight.T if type(base_layer) is Conv1D else weight, bias)
+    if plain:
+        return ops.FrozenLinear(weight.T if kind is Conv1D else weight, bias)
+    made = quantization.product_weight(base_layer, x)
+    return None if made is None else DequantizedLinear(made(), None if bias is None else bias.to(x.dtype), made)
 
 
 def parameter_of(layer: nn.Module, name: str, adapter: str) -> Tensor:
@@ -96,7 +104,7 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what the adapter adds to the base weight, float32, stored as that is."""
         # Under autocast the product would be rounded to 16 bits.
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self.base_device.type, enabled=False):
             delta = self._delta(adapter)
         return delta.T if self.fan_in_fan_out else delta
 

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vblora_triton.integrations import quantization
 from vblora_triton.tuner.biases import Swap
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
 from vblora_triton.tuner.sharding import refuse_sharded
-from vblora_triton.tuner.undo import copy_all
 
 
 class Merging:
@@ -27,7 +28,8 @@ class Merging:
             safe_merge: check that every result is finite before any weight is changed.
         Raises:
             ValueError: no such adapter, a result that is not finite, or a weight tied to the embedding.
-            TypeError: `adapter_names` is a string, or the base is quantised, or sharded by FSDP2.
+            TypeError: `adapter_names` is a string, or a base weight is sharded by FSDP2, or quantised in a way that
+                cannot be written.
         """
         self._check_known(*([] if adapter_names is None or isinstance(adapter_names, str) else adapter_names))
         biases = self._prepare_biases({*self.active_adapters, *self._merged(), *(adapter_names or ())})
@@ -107,10 +109,11 @@ def merge_layers(
 
     Args:
         keep: hold the base weights for `unmerge`, where a layer's `keep_base_weight` asks for it. Else there are copies
-            of them on the CPU until all are merged, in case that one cannot be.
+            of them on the CPU until all are merged, in case that one cannot be; quantised ones stay where they are.
     Raises:
         ValueError: with `safe_merge`, a result that is not finite; a weight that something else in the model reads too.
-        TypeError: `adapter_names` is a string, or a base weight is quantised, or sharded by FSDP2.
+        TypeError: `adapter_names` is a string, or a base weight is sharded by FSDP2, or quantised in a way that
+            cannot be written.
     """
     names = {key: layer.adapters_to_merge(adapter_names) for key, layer in layers.items()}
     refuse_sharded(model)
@@ -125,27 +128,27 @@ def merge_layers(
             else "All adapters are already merged, nothing to do.",
             stacklevel=3,
         )
+    quantization.warn_of_rounding(layer.base_layer for key, layer in layers.items() if names[key])
     if safe_merge:
         for key, layer in _shown(layers.items(), progressbar, "Checking"):
             layer.merged_weight(names[key], check_finite=True)
-    done: list[tuple[BaseTunerLayer, dict[str, Any], list[str], Tensor | None]] = []
+    done: list[tuple[BaseTunerLayer, dict[str, Any], list[str], quantization.Content | None]] = []
     try:
         for key, layer in _shown(layers.items(), progressbar, "Merging"):
             if names[key]:
                 kept = keep and layer.keep_base_weight
                 # The layer's own copy is of the weight as it was before the first adapter.
                 own = kept and not layer.merged
-                before = (
-                    None if own else layer.weight.detach().to("cpu" if not kept else layer.weight.device, copy=True)
-                )
+                aside = None if kept else torch.device("cpu")
+                before = None if own else quantization.content(layer.base_layer, aside)
                 done.append((layer, dict(vars(layer)), list(layer.merged_adapters), before))
                 layer.keep_base_weight = kept
-                layer.merge(adapter_names=names[key])
+                layer.add_to_weight(names[key])
     except BaseException:
         for layer, attributes, merged, before in reversed(done):
             saved = layer._base_weight if before is None else before
             if saved is not None:
-                copy_all([(layer.weight, saved)])
+                quantization.put(layer.base_layer, saved)
             vars(layer).clear()
             vars(layer).update(attributes)
             layer.merged_adapters[:] = merged
@@ -155,7 +158,8 @@ def merge_layers(
 def unmerge_layers(layers: dict[str, BaseTunerLayer]) -> None:
     """Restore the base weight of every layer that has adapters merged, or of none."""
     merged = [layer for layer in layers.values() if layer.merged]
-    copy_all([(layer.weight, weight) for layer, weight in [(layer, layer.unmerged_weight()) for layer in merged]])
+    for layer, weight in [(layer, layer.unmerged_weight()) for layer in merged]:
+        quantization.put(layer.base_layer, weight)
     for layer in merged:
         layer._base_weight = None
         layer.merged_adapters.clear()

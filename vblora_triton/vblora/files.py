@@ -213,7 +213,7 @@ class VBLoRAFiles(AdapterFiles):
             if adapter_name not in layer.r:
                 continue
             if keys[0] in tensors:
-                device = torch.device("cpu") if layer.weight.is_meta else layer.weight.device
+                device = torch.device("cpu") if layer.base_device.type == "meta" else layer.base_device
                 layer.use_topk(adapter_name, TopkLogits(*(tensors[key].to(device) for key in keys)))
             elif not layer.is_trainable(adapter_name):
                 layer.use_logits(adapter_name)

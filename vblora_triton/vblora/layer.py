@@ -204,7 +204,7 @@ class Linear(AdaptedLinear, VBLoRALayer):
 
     def _get_lora_matrices(self, adapter: str, cast_to_fp32: bool = False) -> tuple[Tensor, Tensor]:
         """Return A (r, in_features) and B (out_features, r), in the dtype of the bank, or in float32."""
-        bank = self.vblora_vector_bank[adapter].to(self.weight.device)
+        bank = self.vblora_vector_bank[adapter].to(self.base_device)
         bank = bank.float() if cast_to_fp32 else bank
         if adapter in self.vblora_topk:
             own: TopkLogits = self.vblora_topk[adapter]  # type: ignore[assignment]

@@ -166,7 +166,7 @@ class Linear(AdaptedLinear, VeraLayer):
 
     def _delta(self, adapter: str) -> Tensor:
         """Return diag(lambda_b) B diag(lambda_d) A, float32, (out_features, in_features)."""
-        A, B = self._projections(adapter, self.weight.device)
+        A, B = self._projections(adapter, self.base_device)
         lambda_b, lambda_d = self.vera_lambda_b[adapter].float(), self.vera_lambda_d[adapter].float()
         scaled = lambda_b[:, None] * B[: self.out_features].float() * lambda_d
         return scaled @ A[:, : self.in_features].float()
