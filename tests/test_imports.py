@@ -30,7 +30,6 @@ ORDER = [
     ["kernels"],
     ["vblora_triton/ops"],
     ["vblora_triton/errors", "vblora_triton/hub"],
-    ["vblora_triton/tuner/undo"],
     ["vblora_triton/integrations/quantization"],
     ["vblora_triton/tuner"],
     ["vblora_triton/vblora", "vblora_triton/vera"],

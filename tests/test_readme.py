@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PAGES = ["train", "several-gpus", "compile", "merge", "share", "many-adapters", "trouble"]
+PAGES = ["train", "quantised", "several-gpus", "compile", "merge", "share", "many-adapters", "trouble"]
 
 
 def save_stand_in(folder):
@@ -60,12 +60,15 @@ def test_options_of_accelerate_that_are_shown_are_its_own():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The base weights are quantised")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     save_stand_in(tmp_path)
     monkeypatch.chdir(tmp_path)
     # Whether it is one graph, and not minutes of a C++ compiler.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    if page == "quantised":
+        pytest.importorskip("bitsandbytes")
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:

@@ -19,11 +19,11 @@ MEASURED = {"loss_before", "loss_after", "trainable_parameters", "bytes", "max_a
 REPORT_KEYS = {"method", "backend", "steps", "seconds", *MEASURED}
 
 
-def save_model(folder: Path, *, vocab_size: int = 257, tokenizer: bool = True) -> Path:
+def save_model(folder: Path, *, vocab_size: int = 257, tokenizer: bool = True, wide: int = 32) -> Path:
     """Write a tiny Llama, with a tokenizer that gives UTF-8's bytes in an order of its own, and 256 for the end."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=vocab_size, hidden_size=wide, intermediate_size=2 * wide, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -285,3 +285,29 @@ def test_gpt2_with_its_conv1d_layers_runs_too(model_dir, texts, tmp_path):
     # c_attn, c_proj, c_fc and c_proj: in and out of each, for every row of A and B.
     rows = (32 + 96) + (32 + 32) + (32 + 128) + (128 + 32)
     assert sum(tensor.numel() for tensor in tensors.values()) == R * rows // B * H + H * B
+
+
+def test_a_base_in_4_bits_is_trained_reloaded_and_merged_into(texts, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    # A CPU with AVX512-BF16 takes rows of whole blocks, of 64.
+    model_dir = save_model(tmp_path / "model", wide=64)
+    arguments = ["--model", model_dir, "--data", *texts, *TINY, *ADAPTER, *RATES, "--load-in-4bit"]
+    assert finetune(*arguments, "--output", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["loss_after"] < report["loss_before"]
+    assert report["max_abs_diff"]["reloaded_full"] == 0
+    # Half a byte and scales for each weight, but for embedding and head, which stay as they are.
+    whole = sum(t.numel() for t in AutoModelForCausalLM.from_pretrained(model_dir).parameters()) * 4
+    assert report["bytes"]["base"] < 0.75 * whole
+    assert "merge into the unquantised model" in capsys.readouterr().out
+
+
+def test_4_bits_without_bitsandbytes_are_refused_before_anything_is_read(
+    model_dir, texts, tmp_path, monkeypatch, capsys
+):
+    found = options.importlib.util.find_spec
+    monkeypatch.setattr(
+        options.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
+    assert finetune("--model", "nowhere", "--data", *texts, "--load-in-4bit", "--output", tmp_path / "out") == 2
+    assert "pip install 'vblora-triton[bnb]'" in capsys.readouterr().err

@@ -204,6 +204,12 @@ def test_parameters_of_adapters_never_take_the_dtype_of_packed_weights(name):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_blocks_that_a_cpu_reads_with_wrong_scales_are_not_written():
+    layer = quantised_linear("nf4", nn.Linear(96, 64))
+    with pytest.raises(ValueError, match="wrong scales on a CPU where in_features, here 96"):
+        quantization.set_weight(layer, torch.randn(64, 96))
+
+
 def test_a_value_that_int8_of_bitsandbytes_cannot_take_changes_nothing():
     model = adapted("int8", "vblora")
     layer = model.base_model.model[0]

@@ -137,6 +137,10 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "choices": ["float32", "bfloat16", "float16"],
             "help": "of the base model; adapters are always float32 (default: float32; bfloat16 for --model on a GPU)",
         },
+        "--load-in-4bit": {
+            "action": "store_true",
+            "help": "quantise the base model to 4 bits (nf4) when it is loaded; needs bitsandbytes",
+        },
     },
 }
 

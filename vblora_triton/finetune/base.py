@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -175,7 +176,10 @@ def named_base(name: str) -> Base:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"--model {name} is no causal language model, but a {config.model_type}. {advice}")
     if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"--model {name} is quantised, which is not supported yet; give the unquantised model.")
+        raise InputError(
+            f"--model {name} is quantised, and the command quantises itself; give the unquantised model, and "
+            "--load-in-4bit."
+        )
     with as_broken_model(f"--model {name} has no usable tokenizer: ", " Save its tokenizer beside it."):
         tokenizer = AutoTokenizer.from_pretrained(source)
 
@@ -207,18 +211,34 @@ def check_fits(base: Base, tokens: Tensor, seq_len: int) -> None:
         )
 
 
-def load(source: str, dtype: torch.dtype) -> nn.Module:
+def load(source: str, dtype: torch.dtype, four_bits_on: torch.device | None = None) -> nn.Module:
     """Load a base model's weights, on the CPU, in eval mode.
 
+    Args:
+        four_bits_on: quantise its linear layers to nf4, with nested scales, there; they compute in `dtype`.
     Raises:
         InputError: the weights are missing, unreadable, or not all there.
     """
+    options: dict[str, Any] = {}
+    if four_bits_on is not None:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options = {"quantization_config": four_bits, "device_map": {"": four_bits_on}}
     with as_broken_model(f"--model {source} cannot be loaded: "):
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(
             f"--model {source} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]}, ...); "
             "give a complete causal language model."
         )
+    for module in model.modules() if four_bits_on is not None else ():
+        # Called to evaluate, layers would be repacked on such a CPU, with scales in bfloat16: trained and reloaded
+        # adapters would stand on different bases.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()

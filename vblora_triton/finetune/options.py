@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ _COMMON: dict[str, Any] = {
     "seed": 0,
     "backend": "auto",
     "dtype": None,
+    "load_in_4bit": False,
     "resume": False,
     "checkpoint_every": None,
     "report_to": (),
@@ -119,6 +121,8 @@ def check(options: Options) -> Plan:
     output = Path(options.output).expanduser()
     check_checkpoints(output, options)
     _check_reports(options.report_to)
+    if options.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("--load-in-4bit needs bitsandbytes: pip install 'vblora-triton[bnb]'; or leave it out.")
     if is_main():
         check_output(output)
     device = own_device()
@@ -139,7 +143,7 @@ def check(options: Options) -> Plan:
         layers = _layers_to_adapt(model, config)
         given = [name for name in method.options if getattr(options, name) is not None]
         config = replace(config, **_fitted(method, layers, given))
-        _check_memory(model, config, dtype, device)
+        _check_memory(model, config, 0.5 if options.load_in_4bit else dtype.itemsize, device)
     return Plan(
         options,
         method,
@@ -187,14 +191,16 @@ def _layers_to_adapt(model: nn.Module, config: Any) -> dict[str, tuple[int, int]
     return tuner_class(config).plan(config, model).features()
 
 
-def _check_memory(model: nn.Module, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(model: nn.Module, config: Any, weight_bytes: float, device: torch.device) -> None:
     """Check that the weights of base model and adapter are no larger than all the memory that there is.
 
+    Args:
+        weight_bytes: what a weight of the base model takes at least.
     Raises:
         InputError: they are; it says how many bytes are wanted, and how many there are.
     """
     tuner = tuner_class(config)
-    base = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    base = int(weight_bytes * sum(parameter.numel() for parameter in model.parameters()))
     adapter = 4 * sum(math.prod(shape) for shape in tuner.file_shapes(tuner.plan(config, model)).values())
     there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
     if base + adapter > there:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,20 +103,20 @@ def _run(plan: Plan) -> tuple[tuple[reports.Report, Adapted] | None, str]:
         )
     with tempfile.TemporaryDirectory() as scratch:
         source = plan.base.source or _embedded(plan, Path(scratch))
-        # Not for a model from the hub, whose download shows its progress.
-        with bases.quiet() if os.path.isdir(source) else nullcontext():
-            model = bases.load(source, plan.dtype)
-        with bases.quiet():
-            try:
+        try:
+            # Not for a model from the hub, whose download shows its progress.
+            with bases.quiet() if os.path.isdir(source) else nullcontext():
+                model = _load(plan, source)
+            with bases.quiet():
                 adapted = _adapt(plan, model)
                 if not is_main():
                     return None, source
                 report = _write(plan, adapted, source)
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"The GPU's memory does not hold it ({bases.one_line(error)}); lower --batch-size or --seq-len, or "
-                    "give a narrower --dtype."
-                ) from None
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"The GPU's memory does not hold it ({bases.one_line(error)}); lower --batch-size or --seq-len, or "
+                "give a narrower --dtype."
+            ) from None
     return (report, adapted), source
 
 
@@ -154,6 +155,8 @@ def _tell(plan: Plan, report: reports.Report, adapted: Adapted, source: str) -> 
         _say("", warning)
     written = ", ".join(name for name in outputs.results() if (plan.output / name).exists())
     _say("", f"Written to {plan.output}: {written}")
+    if plan.options.load_in_4bit:
+        _say("The base is in 4 bits, to which merging rounds; merge into the unquantised model to lose nothing by it.")
     if not (plan.output / outputs.PLOT).exists():
         _say(advice.no_picture())
     tokenizer = str(plan.output / outputs.BASE) if plan.base.source is None else source
@@ -162,10 +165,16 @@ def _tell(plan: Plan, report: reports.Report, adapted: Adapted, source: str) -> 
     _say(advice.next_steps(adapter, tokenizer, merged, "def " if not plan.options.data else "Once"))
 
 
+def _load(plan: Plan, source: str) -> nn.Module:
+    """Return the base model with its weights, where it is to run."""
+    if plan.options.load_in_4bit:
+        return bases.load(source, plan.dtype, four_bits_on=plan.device)
+    return bases.load(source, plan.dtype).to(plan.device)
+
+
 def _adapt(plan: Plan, model: nn.Module) -> Adapted:
     """Put the adapter on a base model and train it."""
     options, held_out = plan.options, plan.sequences.held_out
-    model.to(plan.device)
     base_bytes = reports.model_bytes(model)
     scored = (held_out, options.batch_size, plan.sequences.held_out_labels)
     before = held_out_loss(model, *scored)
@@ -273,13 +282,17 @@ def _differences(plan: Plan, model: PeftModel, folder: Path, source: str) -> dic
     held_out = plan.sequences.held_out
     compared = held_out[: max(1, COMPARED_TOKENS // held_out.shape[1])]
     trained = logits(model, compared)
-    merged_model = model.merge_and_unload()
+    with warnings.catch_warnings():
+        # The table shows by how much.
+        warnings.filterwarnings("ignore", "The base weights are quantised")
+        merged_model = model.merge_and_unload()
     merged = logits(merged_model, compared)
     # Callers still hold it, and the next model needs its memory.
-    merged_model.to("meta")
+    if not plan.options.load_in_4bit:
+        merged_model.to("meta")
 
     def reloaded(name: str) -> Tensor:
-        base = bases.load(source, plan.dtype).to(plan.device)
+        base = _load(plan, source)
         return logits(PeftModel.from_pretrained(base, str(folder / name)).eval(), compared)
 
     def largest(other: Tensor) -> float:

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vblora_triton.tuner.undo import copy_all
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Up to so many rows the layer is called as a module: its own kernels read the packed weight once, where to make it anew
@@ -94,6 +92,11 @@ def _quantised_4bit(layer: Any, weight: Tensor) -> Content:
     from bitsandbytes import functional as bnb
 
     _, old = _unpacked_4bit(layer)
+    if layer.weight.is_cpu and weight.shape[1] % old.blocksize:
+        raise ValueError(
+            f"bitsandbytes reads 4-bit weights with wrong scales on a CPU where in_features, here {weight.shape[1]}, "
+            f"is no multiple of the {old.blocksize} weights of a block: merge on a GPU, or load the base unquantised."
+        )
     data, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=old.blocksize,
@@ -209,7 +212,11 @@ _TORCHAO = Format(
 
 
 def _put_plain(layer: Any, content: Content) -> None:
-    copy_all([(layer.weight, content.data)])
+    # To write into memory that is there needs none, or none for long: what fails is tried once more.
+    try:
+        layer.weight.copy_(content.data)
+    except Exception:  # whatever a device says when it is short of memory
+        layer.weight.copy_(content.data)
 
 
 # A weight that is not quantised is written in place: others may hold its memory.
