@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import cpu
+from bench import concatenation, cpu
 from bench.cases import SUITES, full, quick, tiny
 from bench.device import Cpu, Cuda, Device
 from bench.environment import environment
@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, help="begin nothing new after this")
     made.add_argument("--commit", help="the commit, where the checkout has no history")
     made.add_argument("--floors", action="store_true", help="print what plans of kernels cost, computed for an H200")
+    made.add_argument(
+        "--concatenation", action="store_true", help="an experiment: base and VeRA's update as one product"
+    )
     made.add_argument("--rehearse", action="store_true", help="run all of it on tiny sizes on the CPU")
     return made
 
@@ -153,6 +156,20 @@ def run_on_cpu(options: argparse.Namespace, work: list[Work]) -> int:
     return finish(options, results) or code
 
 
+def run_concatenation(rehearse: bool) -> int:
+    """Time the experiment on a GPU, or rehearse it. Return 2 where there is none."""
+    if rehearse:
+        rows = concatenation.compare(Cpu(), ["tiny"], (20, 80), (16,))
+    elif torch.cuda.is_available():
+        linears = ("llama2_7b_q", "llama2_7b_gate", "llama2_7b_down")
+        rows = concatenation.compare(Cuda(), linears, (256, 4096), (256, 1024))
+    else:
+        print("bench: --concatenation wants a GPU, or --rehearse", file=sys.stderr)
+        return 2
+    concatenation.show(rows)
+    return 0
+
+
 def finish(options: argparse.Namespace, results: Results) -> int:
     """Draw what is to be drawn. Return 1 where something of ours is wrong or failed, having said what; else 0."""
     if options.plot is not None:
@@ -171,6 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.floors:
         show_floors(table(H200))
         return 0
+    if options.concatenation:
+        return run_concatenation(options.rehearse)
     try:
         work, providers, prefix = chosen(options)
         if not options.list:

@@ -79,16 +79,16 @@ class Device:
 
         source = random(self.elements, dtype=torch.bfloat16)
         target = torch.empty_like(source)
-        copy = 2 * source.nbytes / self._median_seconds(lambda i: target.copy_(source))
+        copy = 2 * source.nbytes / self.median_seconds(lambda i: target.copy_(source))
         products = []
         for dtype, side in ((torch.bfloat16, self.side), (torch.float32, self.side // 2)):
             a, b = random(side, side, dtype=dtype), random(side, side, dtype=dtype)
             out = torch.empty_like(a)
-            seconds = self._median_seconds(lambda i, a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+            seconds = self.median_seconds(lambda i, a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
             products.append(2 * side**3 / seconds)
         return Rates(copy, *products)
 
-    def _median_seconds(self, function: Call) -> float:
+    def median_seconds(self, function: Call) -> float:
         """The median of ten runs after two for nothing."""
         waiting = [self.time(function, i) for i in range(12)]
         self.synchronize()

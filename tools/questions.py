@@ -19,13 +19,6 @@ from tools.forecast.compare import kernel_us
 RUNS = 20
 
 
-def median_us(device: Device, function: Callable[[int], object]) -> float:
-    """Median µs of a call on cold caches, after two for nothing."""
-    waiting = [device.time(function, i) for i in range(RUNS + 2)]
-    device.synchronize()
-    return sorted(wait() for wait in waiting[2:])[RUNS // 2] * 1e3
-
-
 def kernels(device: Device, shapes: Sequence[str], tokens: Sequence[int], **bank: int) -> list[dict[str, Any]]:
     """µs of each kernel, by the profiler, in forward and backward of one linear of either method.
 
@@ -56,7 +49,13 @@ def products(device: Device, shapes: Sequence[str], tokens: Sequence[int]) -> li
                 "beta 1": lambda i, x=x, w=weight, y=y: y.addmm_(x, w.T),  # type: ignore[misc]
                 "then added": lambda i, x=x, w=weight, y=y: y.add_(x @ w.T),  # type: ignore[misc]
             }
-            rows.append({"shape": shape, "M": M, "us": {name: median_us(device, call) for name, call in calls.items()}})
+            rows.append(
+                {
+                    "shape": shape,
+                    "M": M,
+                    "us": {name: device.median_seconds(call) * 1e6 for name, call in calls.items()},
+                }
+            )
     return rows
 
 
@@ -67,7 +66,7 @@ def gap(device: Device, nodes: tuple[int, int] = (50, 250)) -> float:
     def several(count: int) -> Callable[[int], object]:
         return device.in_graph(lambda i: [number.add_(1) for _ in range(count)])
 
-    few, many = (median_us(device, several(count)) for count in nodes)
+    few, many = (device.median_seconds(several(count)) * 1e6 for count in nodes)
     return (many - few) / (nodes[1] - nodes[0])
 
 
