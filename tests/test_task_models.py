@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models import some_ids, tiny_llama
-from vblora_triton import TaskType, VBLoRAConfig, get_peft_model
+from vblora_triton import TaskType, VBLoRAConfig, get_peft_model, use_backend
 from vblora_triton.task_models import TASK_CLASSES
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,10 @@ def test_arguments_are_taken_by_name_and_in_order_and_none_means_left_out():
 def test_a_forward_by_task_compiles_to_one_graph():
     model = get_peft_model(tiny_llama(), VBLoRAConfig(**FIELDS, task_type="CAUSAL_LM")).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(some_ids(), labels=some_ids()).logits, model(some_ids()).logits)
+    # What a compiler traces on a CPU; what runs there otherwise adds up in another order.
+    with use_backend("reference"):
+        expected = model(some_ids()).logits
+    assert torch.equal(compiled(some_ids(), labels=some_ids()).logits, expected)
 
 
 def test_whoever_imports_get_peft_model_has_every_task():

@@ -42,7 +42,7 @@ TESTS = {
         sorted(f"ops/{path.name}" for path in (ROOT / "tests/ops").glob("test_*.py") if "_cpu" not in path.name),
         8,
     ),
-    "layers": (["vblora", "vera", "integrations/test_patch_peft.py", "finetune/test_run.py"], 8),
+    "layers": (["test_gpu_stacks.py", "vblora", "vera", "integrations/test_patch_peft.py", "finetune/test_run.py"], 8),
 }
 
 
