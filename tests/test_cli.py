@@ -202,7 +202,10 @@ def test_command_line_refuses_triton_without_a_gpu_in_one_line(tmp_path, model_d
     given = ["--model", model_dir, "--data", *texts, "--output", "out", "--backend", "triton"]
     done = shell("finetune", *given, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"vblora-triton finetune: error: --backend 'triton' cannot run here: .*\n", done.stderr)
+    # Others say something of themselves when they are imported, as torchao does.
+    *_, line = lines = done.stderr.splitlines()
+    assert re.fullmatch(r"vblora-triton finetune: error: --backend 'triton' cannot run here: .*", line)
+    assert sum(line.startswith("vblora-triton") for line in lines) == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -287,6 +287,8 @@ def errors_of_sharded_models(folder):
     calls = {
         "merge": model.merge_adapter,
         "unload": model.merge_and_unload,
+        "delete": partial(model.delete_adapter, "default"),
+        "without": model.unload,
         "topk": partial(model.load_adapter, f"{folder}/topk", "default"),
         "half": partial(backward, half, own_rows()),
         "second": partial(backward, more, own_rows()),
@@ -315,6 +317,8 @@ def test_what_would_go_wrong_unseen_is_said(pair, tmp_path):
             "TypeError: The model is sharded by FSDP2, and its weights cannot be merged into"
         )
         assert said["unload"] == said["merge"]
+        assert said["delete"].startswith("TypeError: The model is sharded by FSDP2, which would put an adapter's")
+        assert said["without"].startswith("TypeError: The model is sharded by FSDP2, and its base model alone")
         assert said["topk"].startswith("ValueError: FSDP2 has sharded the logits of adapter 'default'")
         assert said["half"].startswith("RuntimeError: FSDP shards parts of the model, but not base_model.vblora_vector")
         assert "lambda_b.second and" in said["second"]
@@ -394,3 +398,14 @@ def test_trainer_of_the_page_trains_all_processes_alike_and_sends_what_is_select
 
 def test_the_pages_fsdp2_trains(pair):
     assert all(all(sharded) for sharded in pair(sharded_as_the_page_says))
+
+
+def generated():
+    """What a sharded model writes, and what it writes whole."""
+    given = {"input_ids": rows()[:1], "max_new_tokens": 4, "do_sample": False}
+    return shard(made("vblora")).eval().generate(**given), made("vblora").eval().generate(**given)
+
+
+def test_a_sharded_model_generates(pair):
+    for sharded, alone in pair(generated):
+        assert torch.equal(sharded, alone)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from vblora_triton.ops import selected_entries
@@ -198,4 +198,7 @@ def shard(model: Any, **options: Any) -> Any:
             )
     for part in (*copies, *blocks):
         fully_shard(part, ignored_params=shared, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    # A call of the model, too, whose parameters have to be whole.
+    register_fsdp_forward_method(model, "generate")
+    return model

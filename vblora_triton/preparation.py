@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vblora_triton.integrations.quantization import keep_unpacked
+
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters that are not trained to `dtype`, and those that are to float32, in place."""
@@ -32,6 +34,7 @@ def prepare_model_for_kbit_training(
         auto_clear_cache: give freed memory back to the GPU.
     """
     options = gradient_checkpointing_kwargs or {}
+    keep_unpacked(model)
     method = getattr(model, "quantization_method", None)
     own_kernels = getattr(method, "value", method) in ("gptq", "aqlm", "eetq", "hqq", "torchao")
     bitsandbytes = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)

@@ -328,3 +328,39 @@ def test_a_module_that_only_has_sizes_is_no_linear_layer():
 
     with pytest.raises(UnsupportedTargetError, match="Router"):
         get_peft_model(nn.Sequential(Router(), nn.Linear(32, 32)), METHODS["vera"](target_modules=["0"]))
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    tokens = batches()[0]
+    loss = model.train()(input_ids=tokens, labels=tokens).loss
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+def test_an_evaluation_before_does_not_change_the_gradients_of_4_bits(folder):
+    # Called to evaluate, bitsandbytes would repack weights on some processors, and their product has no gradient then.
+    def adapted(evaluate=False):
+        base = load(folder, "nf4")
+        if evaluate:
+            base.eval()(input_ids=batches()[0])
+        torch.manual_seed(1)
+        return get_peft_model(base, METHODS["vblora"](target_modules=["q_proj"]))
+
+    expected, model = gradients(adapted()), adapted()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.eval()(input_ids=batches()[0])
+    for found, wanted in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    # Of one that was repacked before, the scales are what bfloat16 left of them.
+    for found, wanted in zip(gradients(adapted(evaluate=True)), expected, strict=True):
+        assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+@BOTH
+def test_a_merge_between_forward_and_backward_is_named(folder, method):
+    model = get_peft_model(load(folder, "nf4"), METHODS[method](target_modules=["q_proj"])).train()
+    # A layer that reads what has a gradient.
+    model.enable_input_require_grads()
+    loss = model(input_ids=torch.cat([batches()[0]] * 2)).logits.square().sum()
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="changed, as merging does, between forward and backward"):
+        loss.backward()

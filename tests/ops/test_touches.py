@@ -133,7 +133,7 @@ def test_on_a_cpu_products_alone_touch_activations_and_veras_scales(method, bias
         assert sorted(forward) == sorted([product, base, "aten::addmm_"])
         assert sorted(backward) == sorted([product] * 4 + ["aten::addmm_"])
     else:
-        # Forward p, the base's, and u B^T, scaled and added in place; backward D and du of dy, the base's dx, and the
-        # update's added in place. Products that only make a large tensor are not given one.
-        assert sorted(forward) == sorted([product, base, "aten::mul_", "aten::add_"])
-        assert sorted(backward) == sorted([product] * 3 + ["aten::add_"])
+        # Forward p, the base's, and q = u B^T, scaled and added to it in one step. Backward du of dy, its dx, and
+        # the update's added in place; and, sooner than by products with B, sum_m dy * q and dy * lambda_b.
+        assert sorted(forward) == sorted([product, base, "aten::addcmul_"])
+        assert sorted(backward) == sorted([product] * 2 + ["aten::mul", "aten::sum", "aten::mul", "aten::add_"])

@@ -112,3 +112,13 @@ def test_after_the_adapters_are_gone_saving_says_that_there_is_none(make_config,
     with pytest.raises(ValueError, match="no adapter to save"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_disabled_is_unmerged_at_once_and_not_by_a_forward(make_config):
+    # Which may be compiled, or that of a replica, whose lists are the model's and whose weights are not.
+    model = merged(make_config)
+    plain = tiny_llama().state_dict()
+    with model.disable_adapter():
+        assert not any(layer.merged_adapters for _, layer in model.base_model.adapted_layers())
+        weights = {name.replace("base_layer.", ""): t for name, t in model.get_base_model().state_dict().items()}
+        assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from vblora_triton.errors import InputError
 from vblora_triton.finetune.data import encode_bytes, english_text, split
 from vblora_triton.finetune.training import train
+from vblora_triton.integrations.quantization import keep_unpacked
 
 # 150 steps of 16 x 128 bytes bring the loss from 5.5 to 2.4 nats per byte in 45 s on two CPU cores: enough that
 # adapting the model to another kind of text means something.
@@ -236,9 +237,6 @@ def load(source: str, dtype: torch.dtype, four_bits_on: torch.device | None = No
             f"--model {source} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]}, ...); "
             "give a complete causal language model."
         )
-    for module in model.modules() if four_bits_on is not None else ():
-        # Called to evaluate, layers would be repacked on such a CPU, with scales in bfloat16: trained and reloaded
-        # adapters would stand on different bases.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    # Trained and reloaded adapters would stand on different bases.
+    keep_unpacked(model)
     return model.eval()

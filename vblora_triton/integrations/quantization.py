@@ -337,6 +337,22 @@ def put(base_layer: Any, kept: Content) -> None:
     """Let the layer keep this, made for it before; needs no memory."""
     with torch.no_grad():
         _format(base_layer).put(base_layer, kept)
+    if is_quantised(base_layer):
+        # A backward pass that was recorded before must not take the new weight for the old one.
+        base_layer._times_put = getattr(base_layer, "_times_put", 0) + 1
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in layers that are called to evaluate; put back what is repacked.
+
+    It does so on a CPU with AVX512-BF16: the scales are rounded, and the product with such a weight has no gradient.
+    """
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+            if getattr(_state_4bit(layer), "packing_format_for_cpu", False):
+                put(layer, content(layer))
 
 
 def set_weight(base_layer: Any, new_weight: Tensor) -> None:
@@ -362,9 +378,16 @@ def product_weight(base_layer: Any, x: Tensor) -> Callable[[], Tensor] | None:
     if few or type(base_layer).forward is not own_forward or kind.multiplies_in(base_layer, x.dtype) != x.dtype:
         return None
 
+    put_before, dtype = getattr(base_layer, "_times_put", 0), x.dtype
+
     def made() -> Tensor:
+        if getattr(base_layer, "_times_put", 0) != put_before:
+            raise RuntimeError(
+                "The weight of a quantised base layer was changed, as merging does, between forward and backward; call "
+                "backward first."
+            )
         with torch.no_grad():
-            return kind.weight(base_layer).to(x.dtype)
+            return kind.weight(base_layer).to(dtype)
 
     return made
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vblora_triton.integrations import quantization
 from vblora_triton.tuner.biases import Swap
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
-from vblora_triton.tuner.sharding import refuse_sharded
+from vblora_triton.tuner.sharding import NOT_UNLOADED, refuse_sharded
 
 
 class Merging:
@@ -74,7 +74,12 @@ class Merging:
         return self._unload(kept, biases)
 
     def unload(self: Any) -> nn.Module:
-        """Take all adapters off, merged ones too, and return the model with its original weights."""
+        """Take all adapters off, merged ones too, and return the model with its original weights.
+
+        Raises:
+            TypeError: the model is sharded by FSDP2.
+        """
+        refuse_sharded(self, NOT_UNLOADED)
         biases = self._prepare_biases([])
         unmerge_layers(dict(self.adapted_layers()))
         return self._unload([], biases)

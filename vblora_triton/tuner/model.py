@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vblora_triton.integrations.quantization import keep_unpacked
 from vblora_triton.ops.shared_input import Readers, shared_inputs
 from vblora_triton.tuner.biases import TrainedBiases
 from vblora_triton.tuner.contents import AdapterContents
@@ -16,6 +17,7 @@ from vblora_triton.tuner.file_keys import AdapterFiles
 from vblora_triton.tuner.injection import InjectionPlan, check_plain, make_plan, walk_wrappers
 from vblora_triton.tuner.layer import BaseTunerLayer, ModulesToSaveWrapper
 from vblora_triton.tuner.merging import Merging, unmerge_layers
+from vblora_triton.tuner.sharding import NOT_DELETED, refuse_sharded
 from vblora_triton.tuner.state import as_names, check_adapter_name, hold, release
 from vblora_triton.tuner.undo import undone_on_failure
 
@@ -62,6 +64,7 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         check_plain(model)
         super().__init__()
         self.model = model
+        keep_unpacked(model)
         self.peft_config: dict[str, Any] = {}
         self.active_adapter: str | list[str] = adapter_name
         self.trained_biases, self.kept_biases, self._biases_in_force = {}, {}, set()
@@ -202,8 +205,10 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
 
         Raises:
             ValueError: there is no such adapter, or it is merged.
+            TypeError: the model is sharded by FSDP2.
         """
         self._check_known(adapter_name)
+        refuse_sharded(self, NOT_DELETED)
         refused = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. "
         self.check_unmerged(adapter_name, refused)
         biases = self._prepare_biases({*self.active_adapters, *self._merged()} - {adapter_name})
@@ -283,7 +288,11 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
             )
 
     def disable_adapter_layers(self) -> None:
-        """Let the model act as if it had no adapters, and freeze them; trained biases stay."""
+        """Let the model act as if it had no adapters, and freeze them; trained biases stay.
+
+        What is merged is unmerged: here, and not by a forward, which may be compiled, or a replica's.
+        """
+        unmerge_layers({name: layer for name, layer in self.adapted_layers() if layer.merged_adapters})
         if not self._disabled:
             shared = (getattr(self, attribute) for attribute in self.tuner_layer_cls.shared_layer_names)
             self._held = hold(parameter for parameters in shared for parameter in parameters.parameters())

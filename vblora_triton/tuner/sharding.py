@@ -22,7 +22,7 @@ def is_sharded(tensor: Any) -> bool:
 def is_model_sharded(model: nn.Module) -> bool:
     """Say whether FSDP2 has split parameters of a model, or of a part of it."""
     # What a forward pass has brought together goes back to its parts when a state dict is asked for.
-    return any(map(is_sharded, model.state_dict().values()))
+    return is_distributed() and any(map(is_sharded, model.state_dict().values()))
 
 
 def whole(tensor: Any) -> Tensor:
@@ -70,13 +70,18 @@ def refuse_parted(tuner: Any, names: Iterable[str]) -> None:
             )
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise TypeError if FSDP2 has split a model, whose weights then cannot be merged into."""
+NOT_MERGED = (
+    "and its weights cannot be merged into; save the adapter, and merge it on disk, by `vblora-triton merge`, or in "
+    "one process."
+)
+NOT_DELETED = "which would put an adapter's parameters back that was deleted; delete it before, or load without it."
+NOT_UNLOADED = "and its base model alone could not be called; load that anew."
+
+
+def refuse_sharded(model: nn.Module, reason: str = NOT_MERGED) -> None:
+    """Raise TypeError if FSDP2 has split a model; `reason` ends the sentence."""
     if is_model_sharded(model):
-        raise TypeError(
-            "The model is sharded by FSDP2, and its weights cannot be merged into; save the adapter, and merge it on "
-            "disk, by `vblora-triton merge`, or in one process."
-        )
+        raise TypeError(f"The model is sharded by FSDP2, {reason}")
 
 
 # Models -> the active adapters that their processes were seen to train together.
