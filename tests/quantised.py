@@ -21,8 +21,13 @@ def torchao_config(name: str) -> Any:
     return Int8WeightOnlyConfig() if name == "torchao int8" else Float8WeightOnlyConfig()
 
 
-def quantised_linear(name: str, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Any:
-    """The layer in a format, as its library makes it; on the CPU."""
+def quantised_linear(
+    name: str, linear: nn.Linear, compute_dtype: torch.dtype | None = None, storage: torch.dtype = torch.uint8
+) -> Any:
+    """The layer in a format, as its library makes it; on the CPU.
+
+    storage: what 4 bits are packed into; FSDP wants a floating dtype.
+    """
     if name.startswith("torchao"):
         from torchao.quantization import quantize_
 
@@ -38,10 +43,11 @@ def quantised_linear(name: str, linear: nn.Linear, compute_dtype: torch.dtype | 
     else:
         nested, kind = name.startswith("nested"), name.split()[-1]
         layer = bnb.nn.Linear4bit(
-            *sizes, bias=has_bias, quant_type=kind, compress_statistics=nested, compute_dtype=compute_dtype
-        )
+            *sizes, bias=has_bias, quant_type=kind, compress_statistics=nested, compute_dtype=compute_dtype,
+            quant_storage=storage,
+        )  # fmt: skip
         layer.weight = bnb.nn.Params4bit(
-            linear.weight.data.clone(), quant_type=kind, compress_statistics=nested, module=layer
+            linear.weight.data.clone(), quant_type=kind, compress_statistics=nested, quant_storage=storage, module=layer
         )
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.data.clone(), requires_grad=False)
     return layer.to("cpu")

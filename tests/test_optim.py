@@ -161,6 +161,65 @@ def test_lazy_adamw_with_all_vectors_is_adamw_and_their_states_go_both_ways(mode
         adamw.load_state_dict(states[0])
 
 
+class _Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.outer(self.inner(x))
+
+
+def with_two_topks():
+    torch.manual_seed(0)
+    config = {"r": 2, "num_vectors": 12, "vector_length": 4, "init_logits_std": 1.0, "init_vector_bank_bound": 0.5}
+    model = get_peft_model(_Two(), VBLoRAConfig(topk=4, target_modules=["inner"], **config))
+    model.add_adapter("wide", VBLoRAConfig(topk=2, target_modules=["inner", "outer"], **config))
+    model.base_model.set_adapter(["default", "wide"])
+    return model
+
+
+def test_lazy_adamw_moves_the_k_of_each_adapter_and_resumes(tmp_path):
+    model = with_two_topks()
+    groups = parameter_groups(model)
+    assert [(g["name"], g.get("topk"), len(g["params"])) for g in groups] == [
+        ("vector_bank", None, 2), ("logits", 4, 2), ("logits", 2, 4),
+    ]  # fmt: skip
+
+    def train(model, optimizer, steps=2):
+        for step in range(steps):
+            model(torch.randn(5, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    optimizer = LazyAdamW(groups)
+    for k, group in ((4, groups[1]), (2, groups[2])):
+        for parameter in group["params"]:
+            before = parameter.detach().clone()
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            parameter.grad = None
+            moved = torch.zeros(before.shape, dtype=torch.bool).scatter(-1, before.topk(k).indices, True)
+            assert torch.equal(parameter != before, moved)
+    train(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "all.pt")
+    train(model, optimizer)
+    saved, again = torch.load(tmp_path / "all.pt"), with_two_topks()
+    again.load_state_dict(saved["model"])
+    resumed = LazyAdamW(parameter_groups(again))
+    resumed.load_state_dict(saved["optimizer"])
+    train(again, resumed)
+    for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_lazy_adamw_refuses_one_k_for_several_and_none_for_groups_without(model):
+    with pytest.raises(ValueError, match="`topk` is 2, and that of the groups of logits is 2 and 4: give groups"):
+        LazyAdamW(parameter_groups(with_two_topks()), topk=2)
+    with pytest.raises(ValueError, match="`topk` is None, and that of the groups of logits is None"):
+        LazyAdamW([{"name": "logits", "params": list(model.parameters())}])
+
+
 def test_lazy_adamw_refuses_numbers_out_of_range(model):
     for wrong in ({"topk": 0}, {"lr": -1.0}, {"eps": float("nan")}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is "):

@@ -21,7 +21,7 @@ from vblora_triton.tuner.config import PeftConfig, replacing
 from vblora_triton.tuner.file_keys import adapter_keys, buffers_outside
 from vblora_triton.tuner.layer import BaseTunerLayer
 from vblora_triton.tuner.model import BaseTuner
-from vblora_triton.tuner.sharding import class_of, is_first, is_model_sharded, refuse_parted, whole
+from vblora_triton.tuner.sharding import class_of, is_writer, refuse_parted, whole
 from vblora_triton.tuner.undo import copy_all
 
 # Keys that PEFT adds for every ".bias" it comes across, inside the wrappers of modules that are saved anyway.
@@ -106,8 +106,7 @@ def save_adapters(
         tuner.peft_config[name].check()
     states = {name: apart(adapter_state_dict(tuner, name, state_dict)) for name in adapter_names}
     kind = class_of(tuner.model)
-    write = write and (not is_model_sharded(tuner) or is_first())
-    for name, tensors in states.items() if write else ():
+    for name, tensors in states.items() if write and is_writer(tuner) else ():
         config = tuner.peft_config[name]
         config.base_model_name_or_path = (
             config.base_model_name_or_path or getattr(tuner.model, "name_or_path", None) or None

@@ -10,6 +10,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from vblora_triton.ops import selected_entries
+from vblora_triton.tuner.sharding import is_sharded
+from vblora_triton.vblora.layer import trained_logits
 
 
 def average_selected_logits(model: DistributedDataParallel) -> None:
@@ -39,7 +41,7 @@ def average_selected_logits(model: DistributedDataParallel) -> None:
             f"`model` is a {type(model).__name__}; give a torch.nn.parallel.DistributedDataParallel, such as "
             "`model_wrapped` of a Trainer that has begun to train."
         )
-    model.register_comm_hook(_Hook(model.process_group, trained_logits(model)), _Hook.send)
+    model.register_comm_hook(_Hook(model.process_group, _logits(model)), _Hook.send)
 
 
 def check_selections(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -52,10 +54,15 @@ def check_selections(model: nn.Module, group: dist.ProcessGroup | None = None) -
         group: the processes; by default all.
     Raises:
         RuntimeError: they differ, in every process; the message names the first tensor.
-        ValueError: it trains no logits.
+        ValueError: it trains no logits, or is sharded.
     """
     sums = []
-    topk = trained_logits(model)
+    topk = _logits(model)
+    if any(map(is_sharded, topk)):
+        raise ValueError(
+            "FSDP2 has sharded `model`: its processes hold parts of the same logits, and bring them together to select "
+            "from. There is nothing to compare; before `fully_shard` there is."
+        )
     for parameter in topk:
         indices = selected_entries(parameter.detach(), topk[parameter])
         places = torch.arange(1, indices.numel() + 1, device=indices.device)
@@ -73,17 +80,9 @@ def check_selections(model: nn.Module, group: dist.ProcessGroup | None = None) -
         )
 
 
-def trained_logits(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Return the logits of a model that are trained, with the k of their adapter; ValueError if there are none."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "vblora_logits_A")]
-    found = {
-        parameter: module.topk[adapter]
-        for module in layers
-        for name in ("vblora_logits_A", "vblora_logits_B")
-        # PEFT's layers have the same names.
-        for adapter, parameter in getattr(module, name).items()
-        if parameter.requires_grad
-    }
+def _logits(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Return the logits that a model trains, with the k of their adapter; ValueError if there are none."""
+    found = trained_logits(model)
     if not found:
         raise ValueError("`model` trains no logits of VB-LoRA; their gradients are what would be sent in parts.")
     return found
@@ -189,12 +188,17 @@ def shard(model: Any, **options: Any) -> Any:
     ]
     times = Counter(parameter for block in blocks for parameter in block.parameters())
     shared = {parameter for parameter, count in times.items() if count > 1}
-    for block in blocks:
-        dtypes = {p.dtype for p in block.parameters() if p.requires_grad}
+    grouped: set[nn.Parameter] = set()
+    for part in (*copies, *blocks, model):
+        # The last group takes what the others have left.
+        own = {p for p in part.parameters() if p.requires_grad and (part is model or p not in shared)} - grouped
+        grouped |= own
+        dtypes = {p.dtype for p in own}
         if len(dtypes) > 1:
             raise ValueError(
-                f"A {type(block).__name__} trains parameters of {' and '.join(sorted(map(str, dtypes)))}; FSDP takes "
-                "one dtype. Load the base model in float32, or train no biases of it."
+                f"What FSDP has to keep together of a {type(part).__name__} trains parameters of "
+                f"{' and '.join(sorted(map(str, dtypes)))}, and it takes one dtype. Load the base model in float32, or "
+                "train no biases or other parameters of its own beside the adapters."
             )
     for part in (*copies, *blocks):
         fully_shard(part, ignored_params=shared, **options)

@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from vblora_triton.methods import methods
 from vblora_triton.ops import selected_entries
+from vblora_triton.vblora.layer import trained_logits
 
 
 def parameter_groups(
@@ -21,6 +22,7 @@ def parameter_groups(
 
     Every parameter with `requires_grad` is in exactly one group; empty groups are left out. Each group also carries a
     "name": "vector_bank", "logits", "lambda", "other", or "other_no_decay" (biases and scales, which are not decayed).
+    Logits carry the "topk" of their adapter, and adapters whose k differ have a group of logits each.
 
         optimizer = torch.optim.AdamW(parameter_groups(model))
 
@@ -63,11 +65,16 @@ def parameter_groups(
             "`model` has no trainable parameter: its adapters are frozen or missing. Load them with "
             "`is_trainable=True`, or put one on with `get_peft_model`."
         )
-    return [
-        {"name": name, "params": members[name], **{key: value for key, value in settings.items() if value is not None}}
-        for name, settings in groups.items()
-        if members[name]
-    ]
+    made = []
+    for name, settings in groups.items():
+        given = {"name": name, **{key: value for key, value in settings.items() if value is not None}}
+        if name == "logits":
+            topk = trained_logits(model)
+            for k in dict.fromkeys(topk[parameter] for parameter in members[name]):
+                made.append(given | {"topk": k, "params": [p for p in members[name] if topk[p] == k]})
+        elif members[name]:
+            made.append(given | {"params": members[name]})
+    return made
 
 
 class LazyAdamW(torch.optim.Optimizer):
@@ -85,22 +92,22 @@ class LazyAdamW(torch.optim.Optimizer):
     not decayed; t counts the steps of the tensor, not those of the entry. With k = num_vectors it is AdamW. All other
     groups train by AdamW. State dicts go both ways between the two.
 
-        optimizer = LazyAdamW(parameter_groups(model), topk=model.peft_config["default"].topk)
+        optimizer = LazyAdamW(parameter_groups(model))
 
     Not for CUDA graphs, nor for GradScaler's fused unscaling: t is a number on the CPU.
 
     Args:
         params: groups; those whose "name" is "logits", as `parameter_groups` calls them, are lazy.
-        topk: k, of the adapters' configuration; a group may have a "topk" of its own.
+        topk: k, of the adapters' configuration; by default the "topk" that each group of logits carries.
         lr, betas, eps, weight_decay: as torch.optim.AdamW has them.
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or k is not known, or is not that of the groups, which differ in it.
     """
 
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
-        topk: int,
+        topk: int | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -108,11 +115,18 @@ class LazyAdamW(torch.optim.Optimizer):
     ) -> None:
         at_least = {"topk": (topk, 1), "lr": (lr, 0), "eps": (eps, 0), "weight_decay": (weight_decay, 0)}
         for name, (value, least) in at_least.items():
-            if not value >= least:
+            if value is not None and not value >= least:
                 raise ValueError(f"`{name}` is {value}; give at least {least}.")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"`betas` is {betas}; give two numbers of at least 0 and below 1.")
         super().__init__(params, {"topk": topk, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        known = {group["topk"] for group in self.param_groups if group.get("name") == "logits"}
+        if (topk is None and None in known) or (topk is not None and len(known) > 1):
+            names = " and ".join(sorted(map(str, known)))
+            raise ValueError(
+                f"`topk` is {topk}, and that of the groups of logits is {names}: "
+                "give groups that `parameter_groups` has made, and no `topk`, or the one that holds for all."
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -153,7 +167,7 @@ class LazyAdamW(torch.optim.Optimizer):
         t = state["step"].item()
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         logits, grads, exp_avg, exp_avg_sq = (_own_rows(tensor) for tensor in tensors)
-        entries = selected_entries(logits, group.get("topk", self.defaults["topk"]))
+        entries = selected_entries(logits, self.defaults["topk"] or group["topk"])
         g, m, v, p = (rows.gather(1, entries) for rows in (grads, exp_avg, exp_avg_sq, logits))
         p.mul_(1 - group["lr"] * group["weight_decay"])
         m.lerp_(g, 1 - beta1)

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vblora_triton.integrations.quantization import keep_unpacked
+from vblora_triton.integrations.quantization import is_packed, keep_unpacked
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters that are not trained to `dtype`, and those that are to float32, in place."""
+    """Cast the parameters that are not trained to `dtype`, and those that are to float32, in place.
+
+    Quantised weights stay as they are.
+    """
     for parameter in model.parameters():
+        if is_packed(parameter):
+            continue
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
@@ -40,7 +45,7 @@ def prepare_model_for_kbit_training(
     bitsandbytes = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        half = parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit"
+        half = parameter.dtype in (torch.float16, torch.bfloat16) and not is_packed(parameter)
         if half and not own_kernels:
             parameter.data = parameter.data.to(torch.float32)
     if auto_clear_cache and torch.cuda.is_available() and not own_kernels:

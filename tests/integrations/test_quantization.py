@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.quantised import FORMATS, FOUR_BITS, quantised_linear, rounding
-from vblora_triton import VBLoRAConfig, VeraConfig, get_peft_model
+from vblora_triton import VBLoRAConfig, VeraConfig, cast_mixed_precision_params, get_peft_model
 from vblora_triton.integrations import quantization
 from vblora_triton.tuner.linear import frozen_linear
 
@@ -220,3 +221,73 @@ def test_a_value_that_int8_of_bitsandbytes_cannot_take_changes_nothing():
         model.merge_adapter()
     assert torch.equal(quantization.weight(layer.base_layer), before)
     assert not layer.merged
+
+
+def stored(name: str) -> nn.Module:
+    return layer_of("nf4", storage=torch.bfloat16) if name == "nf4 in bfloat16" else layer_of(name)
+
+
+STORED = ("nf4 in bfloat16", *FORMATS)
+CASTS = [nn.Module.half, nn.Module.double, lambda m: m.to("cpu", torch.float16), lambda m: m.type(torch.float16)]
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("adapted_one", [True, False], ids=["adapted", "beside"])
+def test_a_cast_leaves_the_values_of_quantised_weights_or_is_refused_before_anything_is_cast(name, adapted_one):
+    layer = stored(name)
+    before, kept = quantization.weight(layer), layer.weight.dtype
+    base = nn.Sequential(nn.Linear(64, 64), layer)
+    model = get_peft_model(base, METHODS["vera"](target_modules=["1" if adapted_one else "0"]))
+    for cast in CASTS:
+        state = {key: value.dtype for key, value in model.state_dict().items()}
+        refused = kept.is_floating_point or cast is CASTS[-1]
+        if refused:
+            with pytest.raises(ValueError, match=rf"model\.1.* a {type(layer).__name__}, is kept in {kept} and cannot"):
+                cast(model)
+            assert {key: value.dtype for key, value in model.state_dict().items()} == state
+            if adapted_one:
+                with pytest.raises(ValueError, match="cannot be cast"):
+                    cast(model.base_model.model[1])
+        else:
+            cast(model)
+            assert model.base_model.model[0].bias.dtype in (torch.float16, torch.float64)
+        assert torch.equal(quantization.weight(layer), before)
+    # What casts nothing, and what is of that dtype already.
+    model.float() if name != "nf4 in bfloat16" else model.bfloat16()
+    model.cpu()
+    assert torch.equal(quantization.weight(layer), before)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_mixed_precision_casts_what_is_beside_quantised_weights(name):
+    layer = stored(name)
+    before = quantization.weight(layer)
+    model = get_peft_model(nn.Sequential(layer, nn.Linear(96, 8)), METHODS["vblora"](target_modules=["0"]))
+    cast_mixed_precision_params(model, torch.bfloat16)
+    assert torch.equal(quantization.weight(layer), before)
+    assert model.base_model.model[1].weight.dtype == layer.bias.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_copies_of_quantised_models_compute_the_same(name):
+    model = adapted(name, "vblora").eval()
+    x = torch.randn(32, 64)
+    for copied in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        if copied is not copy.deepcopy and name.startswith("torchao"):
+            # As docs/quantised.md says; when torchao can, that page is to say so.
+            with pytest.raises(AttributeError, match=r"functools\.partial"):
+                copied(model)
+        else:
+            assert torch.equal(copied(model)(x), model(x))
+
+
+def test_the_int8_product_of_bitsandbytes_rounds_x_in_evaluation_and_ours_does_not():
+    model, x = adapted("int8", "vera"), torch.randn(32, 64)
+    layer = model.base_model.model[0]
+    exact = nn.functional.linear(x, quantization.weight(layer.base_layer), layer.bias)
+    with torch.no_grad():
+        layer.vera_lambda_b["default"].zero_()
+        own = layer.base_layer.eval()(x)
+        torch.testing.assert_close(layer.eval()(x), exact, rtol=1e-5, atol=1e-6)
+    assert 1e-3 < (own - exact).abs().max() < 0.1

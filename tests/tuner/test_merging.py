@@ -54,6 +54,11 @@ def test_nothing_is_loaded_into_layers_that_are_merged(part, make_config):
     with pytest.raises(ValueError, match="unmerge_adapter"):
         model.base_model.load_state_dict({key.removeprefix("base_model."): value for key, value in own.items()}, False)
     assert_unchanged(model, before)
+    name, layer = next(iter(model.base_model.adapted_layers()))
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        # As of a layer in a plain model.
+        layer.load_state_dict({key.partition(f"{name}.")[2]: own[key] for key in own if f"{name}." in key}, False)
+    assert_unchanged(model, before)
     # What is no part of an adapted layer may be.
     model.load_state_dict({"base_model.model.lm_head.weight": state["base_model.model.lm_head.weight"]}, strict=False)
     model.unmerge_adapter()

@@ -257,6 +257,30 @@ def _is_plain(weight: Any) -> bool:
     )
 
 
+def is_packed(parameter: Any) -> bool:
+    """Say whether a parameter is a quantised weight, whose numbers a cast would take for values."""
+    return not _is_plain(parameter) or getattr(parameter, "quant_state", None) is not None
+
+
+def check_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Check that `fn`, which nn.Module is about to apply to all tensors of a model, casts no quantised weight.
+
+    Raises:
+        ValueError: it does; bits that were packed into floating numbers would be lost, and libraries refuse others.
+    """
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is None or not is_packed(parameter):
+                continue
+            dtype = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).dtype
+            if dtype != parameter.dtype:
+                raise ValueError(
+                    f"The quantised weight of {name or 'the layer'}, a {type(module).__name__}, is kept in "
+                    f"{parameter.dtype} and cannot be cast to {dtype}. Nothing was changed: load the base model in "
+                    "that dtype, or cast the adapter's parameters alone."
+                )
+
+
 def is_quantised(base_layer: Any) -> bool:
     """Say whether a layer's weight is anything but a tensor of floating numbers."""
     return _quantised_format(base_layer) is not None or not _is_plain(getattr(base_layer, "weight", None))
@@ -365,7 +389,8 @@ def product_weight(base_layer: Any, x: Tensor) -> Callable[[], Tensor] | None:
     """Return what makes the weight, (out, in) in x's dtype, whose product with x is what the layer would return.
 
     None where the layer is called as a module: few rows, another forward, or a product in another dtype than x's. The
-    product with a weight of bitsandbytes in 8 bit is more exact than its own on a GPU, which rounds x to int8 too.
+    product with a weight of bitsandbytes in 8 bit is more exact than its own, which rounds x to int8 too: on a GPU, and
+    on a CPU in evaluation.
     """
     found = _quantised_format(base_layer)
     if found is None:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vblora_triton.integrations import quantization
 from vblora_triton.tuner.seen import SeenAsPefts
+from vblora_triton.tuner.sharding import refuse_sharded
 from vblora_triton.tuner.state import AdapterState, as_names
 
 
@@ -197,11 +198,11 @@ class BaseTunerLayer(AdapterState):
         """Return what the adapter adds to the weight, float32, in the weight's own layout."""
         raise NotImplementedError
 
-    def adapters_to_merge(self, adapter_names: list[str] | None = None) -> list[str]:
+    def adapters_to_merge(self: Any, adapter_names: list[str] | None = None) -> list[str]:
         """Name the adapters that a call of `merge` adds: of those asked for, what this layer has and has not merged.
 
         Raises:
-            TypeError: `adapter_names` is a string, or the base is quantised in a way that cannot be written.
+            TypeError: `adapter_names` is a string, or the base is sharded or quantised so that it cannot be written.
         """
         if isinstance(adapter_names, str):
             raise TypeError(
@@ -212,6 +213,7 @@ class BaseTunerLayer(AdapterState):
         available = self.available_adapters()
         names = [name for name in dict.fromkeys(asked) if name in available and name not in self.merged_adapters]
         if names:
+            refuse_sharded(self)
             quantization.check_mergeable(self.base_layer)
         return names
 
@@ -246,7 +248,7 @@ class BaseTunerLayer(AdapterState):
             adapter_names: adapters to merge; the active ones by default.
         Raises:
             ValueError: with `safe_merge`, the result is not finite.
-            TypeError: `adapter_names` is no list, or the base is quantised in a way that cannot be written.
+            TypeError: `adapter_names` is no list, or the base is sharded or quantised so that it cannot be written.
         """
         names = self.adapters_to_merge(adapter_names)
         if names:
@@ -289,10 +291,6 @@ class BaseTunerLayer(AdapterState):
                 f"Adapters are merged into the weight of {prefix.removesuffix('.')}, which unmerging puts back over "
                 "the one that is loaded now; call unmerge_adapter() before load_state_dict()."
             )
-
-    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.check_loadable(state_dict, prefix)
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again; see `unmerged_weight`."""

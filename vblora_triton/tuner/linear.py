@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -113,6 +114,16 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
         dropout: nn.Module = self._modules[self.dropout_name]._modules[adapter]  # type: ignore[union-attr, assignment]
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         return {"dropout_p": p, "training": dropout.training, "backend": self.backend}
+
+    # nn.Module comes before BaseTunerLayer: what replaces its methods is here.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        quantization.check_cast(self, fn)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return f"{type(self).__module__.split('.')[-2]}.{super().__repr__()}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vblora_triton.integrations.quantization import keep_unpacked
+from vblora_triton.integrations.quantization import check_cast, keep_unpacked
 from vblora_triton.ops.shared_input import Readers, shared_inputs
 from vblora_triton.tuner.biases import TrainedBiases
 from vblora_triton.tuner.contents import AdapterContents
@@ -366,6 +366,11 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
     def running(self) -> AbstractContextManager[Any]:
         """Return a context for a call of the model, in which layers that read one input share."""
         return nullcontext() if torch.compiler.is_compiling() else shared_inputs(self._readers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Before the first module is cast.
+        check_cast(self, fn)
+        return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
         """Look further in the model."""

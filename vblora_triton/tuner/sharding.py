@@ -46,9 +46,13 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def is_first() -> bool:
-    """Say whether this is the process that writes files of a sharded model."""
-    return torch.distributed.get_rank() == 0
+def is_writer(model: nn.Module) -> bool:
+    """Say whether this process writes a model's files: of one that is sharded the first of those that share it."""
+    if not is_model_sharded(model):
+        return True
+    mesh = next(tensor.device_mesh for tensor in model.state_dict().values() if is_sharded(tensor))
+    # Of a mesh with other dimensions, such as copies of all shards, this one may be a slice.
+    return torch.distributed.get_rank() == mesh._get_root_mesh().mesh.min().item()
 
 
 def class_of(module: nn.Module) -> type:

@@ -220,3 +220,17 @@ class Linear(AdaptedLinear, VBLoRALayer):
         """Return B A, float32, (out_features, in_features)."""
         A, B = self._get_lora_matrices(adapter, cast_to_fp32=True)
         return B @ A
+
+
+def trained_logits(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Return the logits of a model that are trained, with the k of their adapter; PEFT's layers have the same names."""
+    modules: list[Any] = list(model.modules())
+    # An adapter may be called as this attribute is, and so may its nn.Dropout be.
+    layers = [module for module in modules if isinstance(getattr(module, "vblora_logits_A", None), nn.ParameterDict)]
+    return {
+        parameter: module.topk[adapter]
+        for module in layers
+        for name in ("vblora_logits_A", "vblora_logits_B")
+        for adapter, parameter in getattr(module, name).items()
+        if parameter.requires_grad
+    }
