@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vblora_triton.integrations.quantization import is_packed, keep_unpacked
+from vblora_triton.integrations.quantization import is_plain, keep_unpacked
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
@@ -16,9 +16,8 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     Quantised weights stay as they are.
     """
     for parameter in model.parameters():
-        if is_packed(parameter):
-            continue
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        if is_plain(parameter):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def prepare_model_for_kbit_training(
@@ -45,7 +44,7 @@ def prepare_model_for_kbit_training(
     bitsandbytes = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        half = parameter.dtype in (torch.float16, torch.bfloat16) and not is_packed(parameter)
+        half = parameter.dtype in (torch.float16, torch.bfloat16) and is_plain(parameter)
         if half and not own_kernels:
             parameter.data = parameter.data.to(torch.float32)
     if auto_clear_cache and torch.cuda.is_available() and not own_kernels:

@@ -35,231 +35,203 @@ class Content(NamedTuple):
     beside: dict[str, Any]
 
 
-class Format(NamedTuple):
-    """A way to keep a weight, (out, in), in a base layer.
+class Format:
+    """A weight, (out, in), of numbers that count as they are, in a base layer; subclasses keep it otherwise.
 
-    weight: base layer -> dequantised, floating, memory of its own.
-    content: base layer, device -> what it keeps. Of a quantised one by reference: nothing ever writes into these
-        tensors. Of a plain one a copy, on that device or, with None, its own.
-    quantised: base layer, floating weight -> the same, made of that weight.
-    put: base layer, content -> None. Allocates nothing.
-    multiplies_in: base layer, dtype of x -> the dtype that its own forward would multiply in; None where it may change.
+    library_class: whose forward the layer has, where nobody has replaced it.
     """
 
-    weight: Callable[[Any], Tensor]
-    content: Callable[[Any, torch.device | None], Content]
-    quantised: Callable[[Any, Tensor], Content]
-    put: Callable[[Any, Content], None]
-    multiplies_in: Callable[[Any, torch.dtype], torch.dtype]
+    def __init__(self, layer: Any, library_class: Any = nn.Linear) -> None:
+        self.layer, self.library_class = layer, library_class
+
+    def weight(self) -> Tensor:
+        """Return it floating; a quantised one in memory of its own."""
+        return self.layer.weight.detach()
+
+    def content(self, device: torch.device | None) -> Content:
+        """Return what the layer keeps: here a copy, on that device or, with None, its own; else by reference."""
+        return Content(self.layer.weight.detach().to(device or self.layer.weight.device, copy=True), {})
+
+    def quantised(self, weight: Tensor) -> Content:
+        """Return the same, made of a floating weight."""
+        return Content(weight.to(self.layer.weight.dtype), {})
+
+    def put(self, content: Content) -> None:
+        """Let the layer keep this; allocates nothing. Here it is written in place: others may hold the memory."""
+        # This needs no memory, or none for long: what fails is tried once more.
+        try:
+            self.layer.weight.copy_(content.data)
+        except Exception:  # whatever a device says when it is short of memory
+            self.layer.weight.copy_(content.data)
+
+    def multiplies_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which the layer multiplies x of this one."""
+        return self.layer.weight.dtype
 
 
-# bitsandbytes, 4 bit. A CPU with AVX512-BF16 repacks the weight when the layer is called to evaluate: another order of
-# the bits, and bfloat16 in the place of the scales, in new tensors.
+class FourBit(Format):
+    """bitsandbytes, 4 bit.
+
+    A CPU with AVX512-BF16 repacks the weight when the layer is called to evaluate: another order of the bits, and
+    bfloat16 in the place of the scales, in new tensors.
+    """
+
+    def _unpacked(self) -> tuple[Tensor, Any]:
+        """The packed weight and its scales in the usual order."""
+        from bitsandbytes import functional as bnb
+
+        data, state = self.layer.weight.data, _state_4bit(self.layer)
+        if getattr(state, "packing_format_for_cpu", False):
+            state = copy.copy(state)
+            # The scales would be rounded once more.
+            state.original_nested = False
+            data, state = bnb._convert_weight_packed_for_cpu_inverse(data, state)
+            state.absmax = state.absmax.T.reshape(-1).float()
+        return data, state
+
+    def weight(self) -> Tensor:
+        from bitsandbytes import functional as bnb
+
+        return bnb.dequantize_4bit(*self._unpacked())
+
+    def content(self, device: torch.device | None) -> Content:
+        data, state = self._unpacked()
+        return Content(data, dict(vars(state)))
+
+    def quantised(self, weight: Tensor) -> Content:
+        from bitsandbytes import functional as bnb
+
+        _, old = self._unpacked()
+        if self.layer.weight.is_cpu and weight.shape[1] % old.blocksize:
+            raise ValueError(
+                "bitsandbytes reads 4-bit weights with wrong scales on a CPU where in_features, here "
+                f"{weight.shape[1]}, is no multiple of the {old.blocksize} weights of a block: merge on a GPU, or load "
+                "the base unquantised."
+            )
+        data, state = bnb.quantize_4bit(
+            weight.contiguous(),
+            blocksize=old.blocksize,
+            compress_statistics=old.nested,
+            quant_type=old.quant_type,
+            quant_storage=self.layer.weight.quant_storage,
+        )
+        state.dtype = old.dtype
+        return Content(data, dict(vars(state)))
+
+    def put(self, content: Content) -> None:
+        state = vars(_state_4bit(self.layer))
+        self.layer.weight.data = content.data
+        state.clear()
+        state.update(content.beside)
+
+    def multiplies_in(self, dtype: torch.dtype) -> torch.dtype:
+        return (self.layer.compute_type_is_set and self.layer.compute_dtype) or dtype
 
 
 def _state_4bit(layer: Any) -> Any:
     """The scales; a parameter that FSDP made has lost them."""
     state = getattr(layer.weight, "quant_state", None)
-    return layer.quant_state if state is None else state
+    return getattr(layer, "quant_state", None) if state is None else state
 
 
-def _unpacked_4bit(layer: Any) -> tuple[Tensor, Any]:
-    """The packed weight and its scales in the usual order."""
-    from bitsandbytes import functional as bnb
+class EightBit(Format):
+    """bitsandbytes, 8 bit. Before the first call the parameter has the scales, and from then on the layer's state."""
 
-    data, state = layer.weight.data, _state_4bit(layer)
-    if getattr(state, "packing_format_for_cpu", False):
-        state = copy.copy(state)
-        # The scales would be rounded once more.
-        state.original_nested = False
-        data, state = bnb._convert_weight_packed_for_cpu_inverse(data, state)
-        state.absmax = state.absmax.T.reshape(-1).float()
-    return data, state
+    @property
+    def _holder(self) -> Any:
+        return self.layer.weight if self.layer.weight.CB is not None else self.layer.state
 
+    def weight(self) -> Tensor:
+        return self._holder.CB.float().mul_(self._holder.SCB.float().unsqueeze(1) / 127)
 
-def _weight_4bit(layer: Any) -> Tensor:
-    from bitsandbytes import functional as bnb
+    def content(self, device: torch.device | None) -> Content:
+        return Content(self._holder.CB, {"SCB": self._holder.SCB})
 
-    return bnb.dequantize_4bit(*_unpacked_4bit(layer))
+    def quantised(self, weight: Tensor) -> Content:
+        from bitsandbytes import functional as bnb
 
+        half = weight.half()
+        if not half.isfinite().all():
+            raise ValueError(
+                "The merged weights have values beyond those of float16, which bitsandbytes makes its int8 of. Nothing "
+                "was changed: load the base unquantised to merge."
+            )
+        data, scales, _ = bnb.int8_vectorwise_quant(half)
+        return Content(data, {"SCB": scales})
 
-def _content_4bit(layer: Any, device: torch.device | None = None) -> Content:
-    data, state = _unpacked_4bit(layer)
-    return Content(data, dict(vars(state)))
+    def put(self, content: Content) -> None:
+        holder = self._holder
+        holder.CB = self.layer.weight.data = content.data
+        holder.SCB = content.beside["SCB"]
 
-
-def _quantised_4bit(layer: Any, weight: Tensor) -> Content:
-    from bitsandbytes import functional as bnb
-
-    _, old = _unpacked_4bit(layer)
-    if layer.weight.is_cpu and weight.shape[1] % old.blocksize:
-        raise ValueError(
-            f"bitsandbytes reads 4-bit weights with wrong scales on a CPU where in_features, here {weight.shape[1]}, "
-            f"is no multiple of the {old.blocksize} weights of a block: merge on a GPU, or load the base unquantised."
-        )
-    data, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=old.blocksize,
-        compress_statistics=old.nested,
-        quant_type=old.quant_type,
-        quant_storage=layer.weight.quant_storage,
-    )
-    state.dtype = old.dtype
-    return Content(data, dict(vars(state)))
+    def multiplies_in(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
 
-def _put_4bit(layer: Any, content: Content) -> None:
-    state = vars(_state_4bit(layer))
-    layer.weight.data = content.data
-    state.clear()
-    state.update(content.beside)
+class TorchAO(Format):
+    """torchao, int8 and fp8: a tensor of its own kind in an nn.Linear."""
+
+    def weight(self) -> Tensor:
+        return self.layer.weight.dequantize()
+
+    def content(self, device: torch.device | None) -> Content:
+        return _parts(self.layer.weight)
+
+    def quantised(self, weight: Tensor) -> Content:
+        from torchao.quantization import PerBlock, PerGroup, PerRow, PerTensor
+
+        old = self.layer.weight
+        block = tuple(old.block_size)
+        if block == weight.shape:
+            granularity: Any = PerTensor()
+        elif block[0] == 1:
+            granularity = PerRow() if block[1] == weight.shape[1] else PerGroup(block[1])
+        else:
+            granularity = PerBlock(block)
+        if type(old).__name__ == "Int8Tensor":
+            options = {"reduce_range": old.reduce_range}
+        else:
+            options = {"float8_dtype": old.qdata.dtype, "kernel_preference": old.kernel_preference}
+        return _parts(type(old).from_hp(weight, granularity=granularity, **options))
+
+    def put(self, content: Content) -> None:
+        for name, value in {"qdata": content.data, **content.beside}.items():
+            setattr(self.layer.weight, name, value)
 
 
-# bitsandbytes, 8 bit. Before the first call the parameter has the scales, and from then on the layer's state.
+def _parts(weight: Any) -> Content:
+    names = [name for name in ("scale", "zero_point") if hasattr(weight, name)]
+    return Content(weight.qdata, {name: getattr(weight, name) for name in names})
 
 
-def _holder_8bit(layer: Any) -> Any:
-    return layer.weight if layer.weight.CB is not None else layer.state
+def _quantised_format(layer: Any) -> Format | None:
+    """Return the format of a layer whose weight is quantised by now; None for one that is plain or not known.
 
-
-def _weight_8bit(layer: Any) -> Tensor:
-    holder = _holder_8bit(layer)
-    return holder.CB.float().mul_(holder.SCB.float().unsqueeze(1) / 127)
-
-
-def _content_8bit(layer: Any, device: torch.device | None = None) -> Content:
-    holder = _holder_8bit(layer)
-    return Content(holder.CB, {"SCB": holder.SCB})
-
-
-def _quantised_8bit(layer: Any, weight: Tensor) -> Content:
-    from bitsandbytes import functional as bnb
-
-    half = weight.half()
-    if not half.isfinite().all():
-        raise ValueError(
-            "The merged weights have values beyond those of float16, which bitsandbytes makes its int8 of. Nothing was "
-            "changed: load the base unquantised to merge."
-        )
-    data, scales, _ = bnb.int8_vectorwise_quant(half)
-    return Content(data, {"SCB": scales})
-
-
-def _put_8bit(layer: Any, content: Content) -> None:
-    holder = _holder_8bit(layer)
-    holder.CB = layer.weight.data = content.data
-    holder.SCB = content.beside["SCB"]
-
-
-# torchao: a tensor of its own kind in an nn.Linear.
-
-
-def _content_torchao(layer: Any, device: torch.device | None = None) -> Content:
-    names = [name for name in ("scale", "zero_point") if hasattr(layer.weight, name)]
-    return Content(layer.weight.qdata, {name: getattr(layer.weight, name) for name in names})
-
-
-def _quantised_torchao(layer: Any, weight: Tensor) -> Content:
-    from torchao.quantization import PerBlock, PerGroup, PerRow, PerTensor
-
-    old = layer.weight
-    block = tuple(old.block_size)
-    if block == weight.shape:
-        granularity: Any = PerTensor()
-    elif block[0] == 1:
-        granularity = PerRow() if block[1] == weight.shape[1] else PerGroup(block[1])
-    else:
-        granularity = PerBlock(block)
-    if type(old).__name__ == "Int8Tensor":
-        options = {"reduce_range": old.reduce_range}
-    else:
-        options = {"float8_dtype": old.qdata.dtype, "kernel_preference": old.kernel_preference}
-    new = type(old).from_hp(weight, granularity=granularity, **options)
-    return Content(new.qdata, {name: getattr(new, name) for name in _content_torchao(layer).beside})
-
-
-def _put_torchao(layer: Any, content: Content) -> None:
-    layer.weight.qdata = content.data
-    for name, value in content.beside.items():
-        setattr(layer.weight, name, value)
-
-
-def _is_torchao(weight: Any) -> bool:
-    """Say whether this is a weight of torchao in int8 or fp8 whose layer does not quantise its input as well."""
-    return (
-        type(weight).__module__.partition(".")[0] == "torchao"
-        and type(weight).__name__ in ("Int8Tensor", "Float8Tensor")
-        and weight.act_quant_kwargs is None
-        and getattr(weight, "act_pre_scale", None) is None
-    )
-
-
-_4BIT = Format(
-    _weight_4bit,
-    _content_4bit,
-    _quantised_4bit,
-    _put_4bit,
-    lambda layer, dtype: layer.compute_dtype if layer.compute_type_is_set and layer.compute_dtype else dtype,
-)
-_8BIT = Format(_weight_8bit, _content_8bit, _quantised_8bit, _put_8bit, lambda layer, dtype: dtype)
-_TORCHAO = Format(
-    lambda layer: layer.weight.dequantize(),
-    _content_torchao,
-    _quantised_torchao,
-    _put_torchao,
-    lambda layer, dtype: layer.weight.dtype,
-)
-
-
-def _put_plain(layer: Any, content: Content) -> None:
-    # To write into memory that is there needs none, or none for long: what fails is tried once more.
-    try:
-        layer.weight.copy_(content.data)
-    except Exception:  # whatever a device says when it is short of memory
-        layer.weight.copy_(content.data)
-
-
-# A weight that is not quantised is written in place: others may hold its memory.
-_PLAIN = Format(
-    lambda layer: layer.weight.detach(),
-    lambda layer, device: Content(layer.weight.detach().to(device or layer.weight.device, copy=True), {}),
-    lambda layer, weight: Content(weight.to(layer.weight.dtype), {}),
-    _put_plain,
-    lambda layer, dtype: layer.weight.dtype,
-)
-
-
-def _library_class(layer: Any) -> tuple[type, Format] | None:
-    """The class of bitsandbytes that a layer is of, if its weight is quantised by now."""
+    torchao's are int8 and fp8 whose layer does not quantise its input as well.
+    """
+    weight: Any = getattr(layer, "weight", None)
+    if type(weight).__module__.partition(".")[0] == "torchao":
+        known = type(weight).__name__ in ("Int8Tensor", "Float8Tensor")
+        alone = known and weight.act_quant_kwargs is None and getattr(weight, "act_pre_scale", None) is None
+        return TorchAO(layer) if alone else None
     for cls in type(layer).__mro__:
         if cls.__module__.partition(".")[0] == "bitsandbytes":
-            if cls.__name__ == "Linear4bit" and hasattr(layer.weight, "quant_state"):
-                return (cls, _4BIT) if _state_4bit(layer) is not None else None
-            if cls.__name__ == "Linear8bitLt":
-                known = layer.weight.dtype == torch.int8 and hasattr(layer.weight, "CB")
-                return (cls, _8BIT) if known and _holder_8bit(layer).CB is not None else None
+            if cls.__name__ == "Linear4bit" and hasattr(weight, "quant_state"):
+                return FourBit(layer, cls) if _state_4bit(layer) is not None else None
+            if cls.__name__ == "Linear8bitLt" and hasattr(weight, "CB") and weight.dtype == torch.int8:
+                found = EightBit(layer, cls)
+                return found if found._holder.CB is not None else None
     return None
 
 
-def _quantised_format(layer: Any) -> tuple[type, Format] | None:
-    """The class whose forward a layer should have, and its format; None for one that is plain or not known."""
-    if _is_torchao(getattr(layer, "weight", None)):
-        return nn.Linear, _TORCHAO
-    return _library_class(layer)
-
-
-def _is_plain(weight: Any) -> bool:
+def is_plain(weight: Any) -> bool:
     """Say whether a weight is a tensor of numbers that count as they are; one that FSDP shards is."""
     return (
         isinstance(weight, Tensor)
         and weight.dtype in FLOATS
+        and getattr(weight, "quant_state", None) is None
         and (type(weight).__name__ == "DTensor" or not is_traceable_wrapper_subclass(weight))
     )
-
-
-def is_packed(parameter: Any) -> bool:
-    """Say whether a parameter is a quantised weight, whose numbers a cast would take for values."""
-    return not _is_plain(parameter) or getattr(parameter, "quant_state", None) is not None
 
 
 def check_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
@@ -270,7 +242,7 @@ def check_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            if parameter is None or not is_packed(parameter):
+            if parameter is None or is_plain(parameter):
                 continue
             dtype = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).dtype
             if dtype != parameter.dtype:
@@ -283,16 +255,16 @@ def check_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 def is_quantised(base_layer: Any) -> bool:
     """Say whether a layer's weight is anything but a tensor of floating numbers."""
-    return _quantised_format(base_layer) is not None or not _is_plain(getattr(base_layer, "weight", None))
+    return _quantised_format(base_layer) is not None or not is_plain(getattr(base_layer, "weight", None))
 
 
 def _format(base_layer: Any) -> Format:
     found = _quantised_format(base_layer)
     if found is not None:
-        return found[1]
+        return found
     kept = getattr(base_layer, "weight", None)
-    if _is_plain(kept):
-        return _PLAIN
+    if is_plain(kept):
+        return Format(base_layer)
     kind = type(base_layer)
     what = f"{type(kept).__name__} of {kept.dtype}" if isinstance(kept, Tensor) else "form of its own"
     raise TypeError(
@@ -318,14 +290,12 @@ def warn_of_rounding(base_layers: Iterable[Any]) -> None:
 
 
 def weight(base_layer: Any) -> Tensor:
-    """Return a layer's weight as it stores it, (out, in) as a rule: dequantised where it is quantised.
+    """Return a layer's weight as it stores it, (out, in) as a rule, floating; of a plain layer itself, detached.
 
-    Returns:
-        floating; of a layer that is not quantised the weight itself, detached.
     Raises:
         TypeError: a format that is not known.
     """
-    return _format(base_layer).weight(base_layer)
+    return _format(base_layer).weight()
 
 
 def quantised(base_layer: Any, new_weight: Tensor) -> Content:
@@ -335,16 +305,12 @@ def quantised(base_layer: Any, new_weight: Tensor) -> Content:
         TypeError: a format that is not known.
         ValueError: a value that the format cannot hold.
     """
-    return _format(base_layer).quantised(base_layer, new_weight)
+    return _format(base_layer).quantised(new_weight)
 
 
 def content(base_layer: Any, device: torch.device | None = None) -> Content:
-    """Return what the layer keeps at present, for `put`: a quantised weight by reference, of a plain one a copy.
-
-    Args:
-        device: where the copy is to be; by default where the weight is.
-    """
-    return _format(base_layer).content(base_layer, device)
+    """Return what the layer keeps at present, for `put`; see `Format.content`."""
+    return _format(base_layer).content(device)
 
 
 def moved(kept: Content, device: torch.device) -> Content:
@@ -360,7 +326,7 @@ def moved(kept: Content, device: torch.device) -> Content:
 def put(base_layer: Any, kept: Content) -> None:
     """Let the layer keep this, made for it before; needs no memory."""
     with torch.no_grad():
-        _format(base_layer).put(base_layer, kept)
+        _format(base_layer).put(kept)
     if is_quantised(base_layer):
         # A backward pass that was recorded before must not take the new weight for the old one.
         base_layer._times_put = getattr(base_layer, "_times_put", 0) + 1
@@ -395,12 +361,11 @@ def product_weight(base_layer: Any, x: Tensor) -> Callable[[], Tensor] | None:
     found = _quantised_format(base_layer)
     if found is None:
         return None
-    cls, kind = found
-    own_forward = getattr(cls, "forward", None)
+    replaced = type(base_layer).forward is not found.library_class.forward
     # Called to evaluate on such a CPU, bitsandbytes repacks the weight, whose gradients it does not know then.
     repacks = x.is_cpu and getattr(base_layer, "support_avx512bf16_for_cpu", False)
     few = x.numel() <= FEW_ROWS * x.shape[-1] and not repacks
-    if few or type(base_layer).forward is not own_forward or kind.multiplies_in(base_layer, x.dtype) != x.dtype:
+    if few or replaced or found.multiplies_in(x.dtype) != x.dtype:
         return None
 
     put_before, dtype = getattr(base_layer, "_times_put", 0), x.dtype
@@ -412,7 +377,7 @@ def product_weight(base_layer: Any, x: Tensor) -> Callable[[], Tensor] | None:
                 "backward first."
             )
         with torch.no_grad():
-            return kind.weight(base_layer).to(dtype)
+            return found.weight().to(dtype)
 
     return made
 
