@@ -53,6 +53,15 @@ def quantised_linear(
     return layer.to("cpu")
 
 
+def quantised_model(name: str, model: nn.Module, **options: Any) -> Any:
+    """Put quantised layers in the place of a model's linear ones, but for its head; in place."""
+    for key, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and key != "lm_head":
+            parent, _, child = key.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantised_linear(name, module, **options))
+    return model
+
+
 def loading(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What from_pretrained takes for a base model in a format."""
     from transformers import BitsAndBytesConfig, TorchAoConfig

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from vblora_triton.integrations.quantization import is_plain
 from vblora_triton.ops import selected_entries
 from vblora_triton.tuner.sharding import is_sharded
 from vblora_triton.vblora.layer import trained_logits
@@ -169,8 +170,8 @@ def shard(model: Any, **options: Any) -> Any:
     Returns:
         The model.
     Raises:
-        ValueError: `mp_policy` has a `param_dtype`, which would round the adapters in every forward pass; or a block
-            trains parameters of several dtypes.
+        ValueError: `mp_policy` has a `param_dtype`, which would round the adapters in every forward pass; the base is
+            quantised, other than to 4 bits by bitsandbytes; or a block trains parameters of several dtypes.
     """
     policy = options.get("mp_policy")
     if policy is not None and policy.param_dtype is not None:
@@ -178,6 +179,12 @@ def shard(model: Any, **options: Any) -> Any:
             f"`mp_policy` has param_dtype={policy.param_dtype}, which rounds the adapters in every forward pass; leave "
             "it out, and load the base model in that dtype."
         )
+    for name, parameter in model.named_parameters():
+        if not is_plain(parameter) and not hasattr(parameter, "quant_state"):
+            raise ValueError(
+                f"FSDP2 cannot split {name}, a quantised weight that is a {type(parameter).__name__}; those that "
+                "bitsandbytes keeps in 4 bits it can. Load the base model so, or train it by DDP."
+            )
     names = getattr(model.get_base_model(), "_no_split_modules", None) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     copies = [

@@ -235,14 +235,15 @@ def is_plain(weight: Any) -> bool:
 
 
 def check_cast(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Check that `fn`, which nn.Module is about to apply to all tensors of a model, casts no quantised weight.
+    """Raise ValueError if `fn`, which nn.Module is about to apply to all tensors of a model, casts a quantised weight.
 
-    Raises:
-        ValueError: it does; bits that were packed into floating numbers would be lost, and libraries refuse others.
+    Bits that are packed into floating numbers would be lost, and torchao's layers multiply in no other dtype.
     """
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is None or is_plain(parameter):
+        # Scales that the module still has belong to a weight that FSDP holds.
+        packed = {"weight"} if getattr(module, "quant_state", None) is not None else set()
+        for key, parameter in module._parameters.items():
+            if parameter is None or (is_plain(parameter) and key not in packed):
                 continue
             dtype = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).dtype
             if dtype != parameter.dtype:
