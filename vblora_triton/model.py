@@ -139,7 +139,7 @@ class PeftModel(AdaptedModel, nn.Module):
         """
         _refuse_mixed_batch(kwargs)
         check_processes(self)
-        return self.base_model(*args, **kwargs)
+        return self._modules["base_model"](*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapted model; see transformers' `generate`, and `forward` for what is refused."""

@@ -89,6 +89,26 @@ def test_times_is_the_product_with_the_matrix_as_it_is(M):
     assert_as_exact_as_eager(cpu.times(a, b), a @ b, a.double() @ b.double(), torch.float32, "product")
 
 
+@pytest.mark.parametrize(
+    ("case", "products"),
+    [
+        (LinearCase(M=16, K=384, N=384, base=False), 0),
+        (VeraCase(M=16, K=384, N=384, r=256, spare=0, base=False), 6),
+    ],
+    ids=["vblora", "vera"],
+)
+def test_of_few_rows_onednn_is_given_the_products_of_a_layer_that_has_several(case, products, operands):
+    tensors = {name: t.detach().cpu() for name, t in case.tensors().items()}
+    x, dy = tensors.pop("x").requires_grad_(), tensors.pop("dy")
+    base = ops.FrozenLinear(matrix(384, 384, "contiguous"))
+    if isinstance(case, VeraCase):
+        y = ops.vera_linear(x, base, *tensors.values(), backend="cpu")
+    else:
+        y = ops.vblora_linear(x, base, *tensors.values(), case.k, backend="cpu")
+    torch.autograd.grad(y, x, dy)
+    assert len(operands) == products * ONEDNN
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("method", ["vblora", "vera"])
 def test_the_base_is_multiplied_likewise_in_both_passes(method, bias, operands):

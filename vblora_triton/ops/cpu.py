@@ -12,7 +12,7 @@ base's product where they are added to it.
 
 import platform
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -45,8 +45,10 @@ def onednn() -> Callable[..., Tensor] | None:
     return found if foreign and wide and torch.backends.mkl.is_available() else None
 
 
-# Below so many operations, rows, or columns of the result, torch.mm is done sooner.
+# Below so many operations, rows, or columns of the result, torch.mm is done sooner. oneDNN fills the caches with copies
+# of its own, which costs what comes next: less where that is another of its products, as VeRA's are.
 LEAST_OPERATIONS = 4_800_000
+LEAST_OF_SEVERAL = 3_000_000
 LEAST_ROWS = 8
 LEAST_COLUMNS = 16
 # From so many rows on, a right operand with gaps is worth copying; as it is, oneDNN would take a thousand times longer.
@@ -82,6 +84,12 @@ def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         indices, weights = reference.select(logits, topk)
         return indices.contiguous(), weights
     return indices.narrow(-1, 0, topk).contiguous(), values.narrow(-1, 0, topk).softmax(-1)
+
+
+def _widest(dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
+    for other in others:
+        dtype = dtype if other == dtype else torch.promote_types(dtype, other)
+    return dtype
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,11 +132,6 @@ def _kept_weight(ctx: Any, base: Tensor | FrozenLinear | None) -> Tensor | None:
 
 def _weight(ctx: Any, kept: Tensor | None) -> Tensor | None:
     return kept if ctx.again is None else ctx.again()
-
-
-def _base_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
-    """dx, (M, in), of the base layer, whose product is ours."""
-    return times(_rows(dy), weight)
 
 
 def _with_others(dx: Tensor, x_shape: torch.Size, x_dtype: torch.dtype, others: Tensor | None) -> Tensor:
@@ -174,31 +177,32 @@ def _side_by_side(of_A: Tensor, of_B: Tensor) -> Tensor:
     return torch.cat([of_A, of_B.transpose(0, 1)], 1)
 
 
+@lru_cache
+def _starts(bags: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Where the k vectors of each row begin, for torch.embedding_bag; it is only read."""
+    return torch.arange(0, bags * k, k, dtype=dtype, device="cpu")
+
+
 def _mixed(indices: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     """`reference.compose_selected` for (r, tiles, k), put together: (r, tiles * b)."""
     r, tiles, k = indices.shape
-    dtype = torch.promote_types(weights.dtype, bank.dtype)
-    starts = torch.arange(0, r * tiles * k, k, dtype=indices.dtype, device=indices.device)
-    weights = _as(weights, dtype).view(-1)
+    dtype = _widest(weights.dtype, bank.dtype)
+    starts, weights = _starts(r * tiles, k, indices.dtype), _as(weights, dtype).view(-1)
     # Mode 0, a sum, is the one that takes weights.
     mixed = torch.embedding_bag(_as(bank, dtype), indices.view(-1), starts, False, 0, False, weights)[0]
     return _as(mixed.view(r, tiles * bank.shape[1]), bank.dtype)
 
 
-def _updated(x: Tensor, base: Tensor | FrozenLinear | None, AB: Tensor) -> tuple[Tensor, Tensor]:
-    """base + s B^T, and s = x A^T, (M, r), in the wider dtype."""
-    dtype = torch.promote_types(x.dtype, AB.dtype)
-    A, B_t = _parts(_as(AB, dtype), x.shape[-1])
+def _updated(x: Tensor, base: Tensor | FrozenLinear | None, AB: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """base + s B^T; and s = x A^T, (M, r), A, (r, in), and B^T, (r, out), in the wider dtype."""
+    K, dtype = x.shape[-1], _widest(x.dtype, AB.dtype)
+    AB = _as(AB, dtype)
+    A, B_t = AB.narrow(1, 0, K), AB.narrow(1, K, AB.shape[1] - K)
     rows = _rows(x)
     s = F.linear(_as(rows, dtype), A)
-    if not isinstance(base, FrozenLinear) or dtype != x.dtype:
-        return _add(x, base, s @ B_t), s
-    return _shaped(product(rows, *base).addmm_(s, B_t), x.shape, dtype), s
-
-
-def _parts(AB: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """A, (r, in), and B^T, (r, out), of the matrix that has both."""
-    return AB.narrow(1, 0, in_features), AB.narrow(1, in_features, AB.shape[1] - in_features)
+    if isinstance(base, FrozenLinear) and dtype == x.dtype:
+        return _shaped(product(rows, *base).addmm_(s, B_t), x.shape, dtype), s, A, B_t
+    return _add(x, base, s @ B_t), s, A, B_t
 
 
 class _VBLoRALinear(torch.autograd.Function):
@@ -208,9 +212,8 @@ class _VBLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base, logits_A, logits_B, vector_bank, topk, hands_on):
         indices, weights = select(_side_by_side(logits_A, logits_B), topk)
-        AB = _mixed(indices, weights, vector_bank)
-        y, s = _updated(x, base, AB)
-        ctx.save_for_backward(x, s, indices, weights, AB, vector_bank, _kept_weight(ctx, base))
+        y, s, A, B_t = _updated(x, base, _mixed(indices, weights, vector_bank))
+        ctx.save_for_backward(x, s, indices, weights, A, B_t, vector_bank, _kept_weight(ctx, base))
         ctx.like = (logits_A.shape, logits_A.dtype), (logits_B.shape, logits_B.dtype)
         return _handed_on(ctx, y, x, hands_on)
 
@@ -219,19 +222,18 @@ class _VBLoRALinear(torch.autograd.Function):
     def backward(ctx, dy, others=None):
         if dy is None:
             return others, *[None] * 6
-        x, s, indices, weights, AB, bank, kept = ctx.saved_tensors
-        need_x, need_base, need_A, need_B, need_bank = ctx.needs_input_grad[:5]
-        A, B_t = _parts(_as(AB, s.dtype), x.shape[-1])
+        x, s, indices, weights, A, B_t, bank, kept = ctx.saved_tensors
+        need_x, need_base, need_A, need_B, need_bank, *_ = ctx.needs_input_grad
         dy_rows = _as(_rows(dy), s.dtype)
         ds = F.linear(dy_rows, B_t)
         dx = d_logits_A = d_logits_B = d_bank = None
         if need_x:
             weight = _weight(ctx, kept)
             if weight is not None and dy.dtype == s.dtype:
-                dx = _base_input_grad(dy, weight).addmm_(ds, A)
+                dx = times(_rows(dy), weight).addmm_(ds, A)
             else:
                 dx = ds @ A
-                dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
+                dx = dx if weight is None else times(_rows(dy), weight).add_(dx)
             dx = _with_others(dx, x.shape, x.dtype, others)
         if need_A or need_B or need_bank:
             d_AB = _as(torch.cat([ds.T @ _as(_rows(x), s.dtype), s.T @ dy_rows], 1), bank.dtype)
@@ -256,7 +258,7 @@ def _mixing_grads(d_vectors: Tensor, indices: Tensor, weights: Tensor, bank: Ten
         d_vectors: (r, tiles, b).
         indices, weights: (r, tiles, k).
     """
-    d_mixed = _as(d_vectors, torch.promote_types(weights.dtype, bank.dtype)).unsqueeze(2)
+    d_mixed = _as(d_vectors, _widest(weights.dtype, bank.dtype)).unsqueeze(2)
     d_weights = _as((d_mixed * F.embedding(indices, bank)).sum(-1), weights.dtype)
     d_bank = _as(d_mixed * weights.unsqueeze(3), bank.dtype).view(-1, bank.shape[1])
     return (
@@ -277,7 +279,8 @@ def vera_linear(
 ) -> Any:
     """`reference.vera_linear` without dropout; with HANDS_ON also an alias of x."""
     if torch.is_grad_enabled():
-        return _VeraLinear.apply(x, base, lambda_b, lambda_d, A, B, hands_on)
+        # The projections have no gradient, and are looked at sooner where autograd does not see them.
+        return _VeraLinear.apply(x, base, lambda_b, lambda_d, (A, B), hands_on)
     return _scaled(x, base, lambda_b, lambda_d, A, B)[0]
 
 
@@ -285,13 +288,14 @@ def _scaled(
     x: Tensor, base: Tensor | FrozenLinear | None, lambda_b: Tensor, lambda_d: Tensor, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """base + lambda_b * q, p = x A^T, (M, r), and q = (lambda_d * p) B^T, (M, out), in the widest dtype."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, A.dtype), lambda_d.dtype)
+    dtype = _widest(x.dtype, A.dtype, lambda_d.dtype)
     rows = _rows(x)
-    p = product(_as(rows, dtype), _as(_first(A, 1, x.shape[-1]), dtype))
-    q = product(p * lambda_d, _as(_first(B, 0, lambda_b.shape[0]), dtype))
+    p = product(_as(rows, dtype), _as(_first(A, 1, x.shape[-1]), dtype), least=LEAST_OF_SEVERAL)
+    q = product(p * lambda_d, _as(_first(B, 0, lambda_b.shape[0]), dtype), least=LEAST_OF_SEVERAL)
     if not isinstance(base, FrozenLinear) or not x.dtype == dtype == lambda_b.dtype:
         return _add(x, base, lambda_b * q), p, q
-    return _shaped(product(rows, *base).addcmul_(q, lambda_b), x.shape, dtype), p, q
+    y = product(rows, *base, least=LEAST_OF_SEVERAL).addcmul_(q, lambda_b)
+    return _shaped(y, x.shape, dtype), p, q
 
 
 def _first(matrix: Tensor, dim: int, size: int) -> Tensor:
@@ -307,9 +311,10 @@ class _VeraLinear(torch.autograd.Function):
     linear_in = 2
 
     @staticmethod
-    def forward(ctx, x, base, lambda_b, lambda_d, A, B, hands_on):
+    def forward(ctx, x, base, lambda_b, lambda_d, projections, hands_on):
+        A, B = projections
         y, p, q = _scaled(x, base, lambda_b, lambda_d, A, B)
-        keeps = ctx.needs_input_grad[2] and len(lambda_b) <= MOST_KEPT * len(lambda_d)
+        keeps = ctx.needs_input_grad[2] and lambda_b.shape[0] <= MOST_KEPT * lambda_d.shape[0]
         ctx.save_for_backward(p, q if keeps else None, lambda_b, lambda_d, A, B, _kept_weight(ctx, base))
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return _handed_on(ctx, y, x, hands_on)
@@ -318,44 +323,45 @@ class _VeraLinear(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, dy, others=None):
         if dy is None:
-            return others, *[None] * 6
+            return others, *[None] * 5
         p, q, lambda_b, lambda_d, A, B, kept = ctx.saved_tensors
-        need_x, need_base, need_b, need_d = ctx.needs_input_grad[:4]
+        need_x, need_base, need_b, need_d, *_ = ctx.needs_input_grad
         B = _as(_first(B, 0, lambda_b.shape[0]), p.dtype)
         dy_rows = _as(_rows(dy), p.dtype)
         dx = d_lambda_b = d_lambda_d = None
         if need_b:
-            q = product(p * _as(lambda_d, p.dtype), B) if q is None else q
+            q = product(p * _as(lambda_d, p.dtype), B, least=LEAST_OF_SEVERAL) if q is None else q
             d_lambda_b = _as((dy_rows * q).sum(0), lambda_b.dtype)
         if need_d or need_x:
-            du = times(dy_rows * _as(lambda_b, p.dtype), B)
+            du = times(dy_rows * _as(lambda_b, p.dtype), B, LEAST_OF_SEVERAL)
             d_lambda_d = _as((du * p).sum(0), lambda_d.dtype) if need_d else None
         if need_x:
-            dx = times(du.mul_(lambda_d), _as(_first(A, 1, ctx.x_shape[-1]), p.dtype))
+            dx = times(du.mul_(lambda_d), _as(_first(A, 1, ctx.x_shape[-1]), p.dtype), LEAST_OF_SEVERAL)
             weight = _weight(ctx, kept)
-            dx = dx if weight is None else _base_input_grad(dy, weight).add_(dx)
+            dx = dx if weight is None else times(_rows(dy), weight, LEAST_OF_SEVERAL).add_(dx)
             dx = _with_others(dx, ctx.x_shape, ctx.x_dtype, others)
-        return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None, None
+        return dx, dy if need_base else None, d_lambda_b, d_lambda_d, None, None
 
 
-def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None, least: int = LEAST_OPERATIONS) -> Tensor:
     """left right^T + bias, without gradients.
 
     Args:
         left: (M, K).
         right: (N, K), in the dtype of left.
         bias: (N), or None.
+        least: how many operations are worth oneDNN's while.
     Returns:
         (M, N), contiguous.
     """
-    if not _suits_onednn(left, right, right.shape[0]):
+    if not _suits_onednn(left, right, right.shape[0], least):
         return F.linear(left, right, bias)
     return _by_onednn(left, right, bias)
 
 
-def times(left: Tensor, right: Tensor) -> Tensor:
+def times(left: Tensor, right: Tensor, least: int = LEAST_OPERATIONS) -> Tensor:
     """left right, (M, N), of (M, K) and (K, N); else as `product`."""
-    if not _suits_onednn(left, right, right.shape[1]):
+    if not _suits_onednn(left, right, right.shape[1], least):
         return torch.mm(left, right)
     return _by_onednn(left, right.T, None)
 
@@ -365,17 +371,16 @@ def _by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return onednn()(left, right, bias, "none", [], "")  # type: ignore[misc]
 
 
-def _suits_onednn(left: Tensor, right: Tensor, N: int) -> bool:
-    M, K = left.shape
+def _suits_onednn(left: Tensor, right: Tensor, N: int, least: int) -> bool:
     return (
-        2 * M * N * K >= LEAST_OPERATIONS
-        and M >= LEAST_ROWS
+        2 * left.numel() * N >= least
+        and left.shape[0] >= LEAST_ROWS
         and N >= LEAST_COLUMNS
         and onednn() is not None
         and left.dtype == right.dtype == torch.float32
         and left.is_cpu
         and _is_dense(left)
-        and (M >= ROWS_TO_COPY or _is_dense(right))
+        and (left.shape[0] >= ROWS_TO_COPY or _is_dense(right))
         # FlopCounterMode and selective checkpointing see only operators that they know.
         and modes.is_plain(left, right)
         and torch._C._get_mkldnn_enabled()

@@ -136,7 +136,7 @@ def owns_base(x: Tensor, base: Tensor | FrozenLinear | None, *others: Tensor) ->
         x.dtype == weight.dtype == (x.dtype if bias is None else bias.dtype)
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and modes.is_plain(x, weight, bias, *others)
-        and not modes.is_autocast(x.device.type)
+        and not modes.is_autocast(x)
     )
 
 
@@ -164,6 +164,8 @@ class Choice(NamedTuple):
         return self.dropout_p, seed
 
 
+# Of arguments that are told apart by their values.
+_PLAIN = frozenset((int, float, str, bool, type(None)))
 # As many calls that differ are remembered of each op; then it starts anew.
 MOST_REMEMBERED = 4096
 
@@ -197,22 +199,21 @@ def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
 def _likeness(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What decides a call, of ordinary tensors and where nobody observes; else None."""
     x, base = arguments[:2]
-    found: list[Any] = [_default_backend, torch.is_grad_enabled()]
-    for argument in arguments if not isinstance(base, FrozenLinear) else (*base, *arguments):
+    if modes.is_observed() or not isinstance(x, Tensor):
+        return None
+    found: list[Any] = [_default_backend, torch.is_grad_enabled(), modes.is_autocast(x)]
+    for argument in (*base, *arguments) if isinstance(base, FrozenLinear) else arguments:
         kind = type(argument)
-        if kind is Tensor or kind is nn.Parameter:
+        if kind is nn.Parameter or kind is Tensor:
             # A device takes longer to hash and to compare than all else.
-            found += argument.dtype, argument.is_cpu or argument.device, argument.shape, argument.requires_grad
+            found += (argument.dtype, argument.is_cpu or argument.device, argument.shape, argument.requires_grad)
+        elif kind in _PLAIN:
+            # True is 1, and is not taken for it.
+            found += (kind, argument)
         elif issubclass(kind, FrozenLinear):
             found.append(kind)
-        elif argument is None or kind in (int, float, str, bool):
-            # True is 1, and is not taken for it.
-            found += kind, argument
         else:
             return None
-    if not isinstance(x, Tensor) or modes.is_observed():
-        return None
-    found.append(modes.is_autocast(x.device.type))
     return tuple(found)
 
 
@@ -249,13 +250,24 @@ def choose(op: str, backend: str, sizes: Sizes, dropout_p: float, *tensors: Tens
 def choose_linear(
     op: str, backend: str, sizes: Sizes, dropout_p: float, x: Tensor, base: Any, *others: Tensor
 ) -> Choice:
-    """`choose`, and whether the op may compute the base's product, and hand x on."""
+    """`choose`, and whether the op may compute the base's product, and hand x on; what runs is not under autocast."""
     owns = owns_base(x, base, *others)
     calls = isinstance(base, FrozenLinear) and not owns
     chosen = choose(op, backend, sizes, dropout_p, x, *((base,) if owns or not calls else base), *others)
     hands_on = chosen.backend == "cpu" or chosen.run is getattr(BACKENDS[chosen.backend][op], "unobserved", None)
     has_gradient = torch.is_grad_enabled() and x.requires_grad and op != "vblora_linear_selected"
-    return chosen._replace(calls_base=calls, may_hand_on=hands_on and has_gradient)
+    run = _without_autocast(chosen.run, x.device.type) if modes.is_autocast(x) else chosen.run
+    return chosen._replace(run=run, calls_base=calls, may_hand_on=hands_on and has_gradient)
+
+
+def _without_autocast(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """Let products keep their own dtypes: autocast is for the base model."""
+
+    def running(*arguments: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return run(*arguments)
+
+    return running
 
 
 def _why_not(

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
+
+# Looked up once: each is asked several times in every call of a layer.
+_modes_in_force = torch._C._len_torch_dispatch_stack
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_before_autograd = torch._C.DispatchKey.PreDispatch
+_transform = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
+_is_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def is_transformed() -> bool:
@@ -37,10 +44,10 @@ def is_observed() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _len_torch_dispatch_stack_pre_dispatch() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or _modes_in_force() > 0
+        or _is_included(_before_autograd)
+        or _transform() is not None
+        or _is_tracing()
         or forward_ad._current_level >= 0
     )
 
@@ -56,18 +63,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not is_observed()
 
 
-def is_autocast(device_type: str) -> bool:
-    """Say whether autocast is on for such a device."""
+def is_autocast(x: Tensor) -> bool:
+    """Say whether autocast is on for the device of x."""
     # The meta device has no autocast to ask about; torch 2.11 cannot compile torch.amp.is_autocast_available.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-_here = nullcontext()
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Inside the context products keep their own dtypes: autocast is for the base model."""
-    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else _here
+    return _is_any_autocast() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def below_autograd() -> AbstractContextManager[Any]:

@@ -205,10 +205,12 @@ def first_derivative_only(backward: Callable) -> Callable:
                 )
             with torch.no_grad():
                 return checked(ctx, *grads)
-        # Of a result that was not used there is none.
-        device = next((g.device.type for g in grads if g is not None), "meta")
-        with modes.no_autocast(device):
-            return backward(ctx, *grads)
+        for g in grads:
+            # Of a result that was not used there is none.
+            if g is not None and modes.is_autocast(g):
+                with torch.autocast(g.device.type, enabled=False):
+                    return backward(ctx, *grads)
+        return backward(ctx, *grads)
 
     return checked
 

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from vblora_triton.ops import checks
 from vblora_triton.ops.dispatch import Choice, choose, choose_linear, remembered, vblora_sizes
-from vblora_triton.ops.modes import no_autocast
 from vblora_triton.ops.reference import FrozenLinear, Selection, frozen_product
 from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 from vblora_triton.ops.triton_together import linear_together
@@ -87,16 +86,15 @@ def vblora_linear(
     """
     arguments = (base, logits_A, logits_B, vector_bank, topk, dropout_p, training, backend)
     chosen = _settle_linear(x, *arguments)
-    if together and chosen.may_hand_on:
+    if together and chosen.may_hand_on and chosen.backend == "triton":
         y = linear_together(_settle_linear, chosen, x, *arguments)
         if y is not None:
             return y
     base = frozen_product(x, base) if chosen.calls_base else base  # type: ignore[arg-type]
     alias = newest_alias(x) if chosen.may_hand_on else None
-    with no_autocast(x.device.type):
-        if alias is None:
-            return chosen.run(x, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x))
-        y, handed_on = chosen.run(alias, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x), HANDS_ON)
+    if alias is None:
+        return chosen.run(x, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x))
+    y, handed_on = chosen.run(alias, base, logits_A, logits_B, vector_bank, topk, *chosen.dropout(x), HANDS_ON)
     hand_on(handed_on)
     return y
 
@@ -194,9 +192,8 @@ def vblora_linear_selected(
     selection = (indices_A, weights_A, indices_B, weights_B)
     chosen = _settle_selected(x, base, *selection, vector_bank, dropout_p, training, backend)
     base = frozen_product(x, base) if chosen.calls_base else base  # type: ignore[arg-type]
-    with no_autocast(x.device.type):
-        # Backends read the selection as rows without gaps.
-        return chosen.run(x, base, *[t.contiguous() for t in selection], vector_bank, *chosen.dropout(x))
+    # Backends read the selection as rows without gaps.
+    return chosen.run(x, base, *[t.contiguous() for t in selection], vector_bank, *chosen.dropout(x))
 
 
 @remembered

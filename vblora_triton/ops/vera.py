@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vblora_triton.ops import checks, triton_vera
 from vblora_triton.ops.dispatch import Choice, choose_linear, remembered, vera_sizes
-from vblora_triton.ops.modes import no_autocast
 from vblora_triton.ops.reference import FrozenLinear, frozen_product
 from vblora_triton.ops.shared_input import HANDS_ON, hand_on, newest_alias
 
@@ -109,10 +108,9 @@ def vera_linear(
                 projected = ProjectedInput(*triton_vera.project.on(x, A)(x, A, _all_fp32(x, base), *rest))
         rest = (*projected, *rest)
     alias = newest_alias(x) if chosen.may_hand_on else None
-    with no_autocast(x.device.type):
-        if alias is None:
-            return chosen.run(x, base, lambda_b, lambda_d, A, B, *rest)
-        y, handed_on = chosen.run(alias, base, lambda_b, lambda_d, A, B, *rest, HANDS_ON)
+    if alias is None:
+        return chosen.run(x, base, lambda_b, lambda_d, A, B, *rest)
+    y, handed_on = chosen.run(alias, base, lambda_b, lambda_d, A, B, *rest, HANDS_ON)
     hand_on(handed_on)
     return y
 

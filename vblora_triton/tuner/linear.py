@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 from transformers.pytorch_utils import Conv1D
 
 from vblora_triton import ops
@@ -17,13 +18,12 @@ from vblora_triton.tuner.layer import BaseTunerLayer
 
 
 def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
-    """Return the weight and bias of a base layer whose product with x the op may compute itself; None for any other.
+    """Return the weight and bias of a base layer where calling it is nothing but their product with x; else None.
 
-    It may where calling the module is nothing but that product, and nobody would notice: no subclass (quantised
-    layers are some), no replaced forward (offloading), no hooks (ZeRO-3), no training, no autocast to another dtype.
-    Of a quantised layer, and many rows, the weight is dequantised, and again for backward.
+    It is in no subclass (quantised layers are some), without a replaced forward (offloading), hooks (ZeRO-3),
+    training, and autocast to another dtype; whether the op may compute it, `dispatch.owns_base` says. Of a quantised
+    layer, and many rows, the weight is dequantised, and again for backward.
     """
-    everywhere = torch.nn.modules.module
     if (
         "forward" in vars(base_layer)
         or base_layer._forward_hooks
@@ -36,28 +36,29 @@ def frozen_linear(base_layer: Any, x: Tensor) -> ops.FrozenLinear | None:
         or everywhere._global_backward_pre_hooks
     ):
         return None
+    if modes.is_autocast(x):
+        return None
     # Of the parameters, which are found sooner than attributes; some wrappers keep them elsewhere.
     parameters = base_layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
     kind = type(base_layer)
-    plain = (kind is nn.Linear or kind is Conv1D) and type(weight) in (Tensor, nn.Parameter)
-    if not modes.is_plain(x, weight if plain else None, bias) or modes.is_autocast(x.device.type):
-        return None
-    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad) or x.device != weight.device:
-        return None
-    if plain:
+    if (kind is nn.Linear or kind is Conv1D) and type(weight) in (Tensor, nn.Parameter):
         return ops.FrozenLinear(weight.T if kind is Conv1D else weight, bias)
+    if not modes.is_plain(x, bias) or x.device != weight.device:
+        return None
     made = quantization.product_weight(base_layer, x)
     return None if made is None else DequantizedLinear(made(), None if bias is None else bias.to(x.dtype), made)
 
 
-def parameter_of(layer: nn.Module, name: str, adapter: str) -> Tensor:
-    """Return layer.name[adapter] of an nn.ParameterDict, by a third of the way that nn.Module's attributes take."""
+def held(container: Any, adapter: str) -> Tensor:
+    """Return container[adapter] of an nn.ParameterDict, by a tenth of the way that nn.Module's attributes take."""
     try:
-        return layer._modules[name]._parameters[adapter]  # type: ignore[union-attr, return-value]
+        return container._parameters[adapter]
     except KeyError:
         # Some wrappers keep parameters elsewhere.
-        return getattr(layer, name)[adapter]
+        return container[adapter]
 
 
 class AdaptedLinear(nn.Linear, BaseTunerLayer):
@@ -109,11 +110,10 @@ class AdaptedLinear(nn.Linear, BaseTunerLayer):
             delta = self._delta(adapter)
         return delta.T if self.fan_in_fan_out else delta
 
-    def _op_options(self, adapter: str) -> dict[str, Any]:
-        """Return what every op takes by keyword, with the probability of an nn.Dropout, or none of an nn.Identity."""
+    def _dropout_p(self, adapter: str) -> float:
+        """Return the probability of dropout in force: of an nn.Dropout in training, and of an nn.Identity none."""
         dropout: nn.Module = self._modules[self.dropout_name]._modules[adapter]  # type: ignore[union-attr, assignment]
-        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        return {"dropout_p": p, "training": dropout.training, "backend": self.backend}
+        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
     # nn.Module comes before BaseTunerLayer: what replaces its methods is here.
 

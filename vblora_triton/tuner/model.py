@@ -342,7 +342,7 @@ class BaseTuner(AdapterFiles, AdapterContents, Merging, TrainedBiases, nn.Module
         """Call the model."""
         if torch.compiler.is_compiling():
             return self.model(*args, **kwargs)
-        if getattr(self, "_is_replica", False):
+        if "_is_replica" in vars(self):  # Not by getattr, which would go on to look in the model.
             self._share_own()
         try:
             with self.running():

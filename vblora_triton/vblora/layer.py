@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vblora_triton import ops
 from vblora_triton.tuner.layer import BaseTunerLayer
-from vblora_triton.tuner.linear import AdaptedLinear, parameter_of
+from vblora_triton.tuner.linear import AdaptedLinear, held
 from vblora_triton.tuner.sharding import is_sharded
 from vblora_triton.vblora.config import VBLoRAConfig
 from vblora_triton.vblora.files import TopkLogits, logits_shapes
@@ -187,16 +187,27 @@ class Linear(AdaptedLinear, VBLoRALayer):
         )
 
     def _add_update(self, adapter: str, x: Tensor, base: Tensor | ops.FrozenLinear) -> Tensor:
-        bank = self.vblora_vector_bank[adapter]
+        bank, own = held(self._shared[0], adapter), self._modules
         # Of a model that is spread over devices, the one bank is elsewhere for some layers.
         bank = bank if bank.device == x.device else bank.to(x.device)
-        options = self._op_options(adapter)
-        own: TopkLogits | None = self._modules["vblora_topk"]._modules.get(adapter)  # type: ignore[union-attr, assignment]
-        if own is not None:
-            return ops.vblora_linear_selected(x, base, *own.selection(), bank, **options)
-        logits = (parameter_of(self, "vblora_logits_A", adapter), parameter_of(self, "vblora_logits_B", adapter))
-        hooked = self._forward_pre_hooks or self._forward_hooks
-        return ops.vblora_linear(x, base, *logits, bank, self.topk[adapter], together=not hooked, **options)
+        p = self._dropout_p(adapter)
+        topk: TopkLogits | None = own["vblora_topk"]._modules.get(adapter)  # type: ignore[union-attr, assignment]
+        if topk is not None:
+            return ops.vblora_linear_selected(
+                x, base, *topk.selection(), bank, dropout_p=p, training=True, backend=self.backend
+            )
+        return ops.vblora_linear(
+            x,
+            base,
+            held(own["vblora_logits_A"], adapter),
+            held(own["vblora_logits_B"], adapter),
+            bank,
+            self.topk[adapter],
+            dropout_p=p,
+            training=True,
+            backend=self.backend,
+            together=not (self._forward_pre_hooks or self._forward_hooks),
+        )
 
     def _get_low_rank_matrix(self, logits: Tensor, vblora_vector_bank: Tensor, topk: int) -> Tensor:
         """Mix, for each row of logits (*rows, num_vectors), its top-k bank vectors: (*rows, vector_length)."""

@@ -12,7 +12,7 @@ from vblora_triton.ops import shared_input
 from vblora_triton.ops.dispatch import resolve
 from vblora_triton.tuner.fields import check_int
 from vblora_triton.tuner.layer import BaseTunerLayer
-from vblora_triton.tuner.linear import AdaptedLinear, parameter_of
+from vblora_triton.tuner.linear import AdaptedLinear, held
 from vblora_triton.vera.config import VeraConfig
 from vblora_triton.vera.projection import ProjectionDict
 
@@ -86,13 +86,13 @@ class VeraLayer(BaseTunerLayer):
         self._hold(adapter_name, r, config.vera_dropout, own, vera_A, vera_B, frozen=inference_mode)
 
     def _check_projections(self, adapter_name: str, vera_A: Any, vera_B: Any, r: int) -> None:
-        for name, held, label, dim in (("vera_A", vera_A, "in_features", 1), ("vera_B", vera_B, "out_features", 0)):
-            if adapter_name not in held:
+        for name, given, label, dim in (("vera_A", vera_A, "in_features", 1), ("vera_B", vera_B, "out_features", 0)):
+            if adapter_name not in given:
                 raise ValueError(
-                    f"`{name}` has no projection for adapter {adapter_name!r}, but those of {list(held)}; put it in "
+                    f"`{name}` has no projection for adapter {adapter_name!r}, but those of {list(given)}; put it in "
                     "first: every adapter has its own."
                 )
-            shape, least = tuple(held[adapter_name].shape), getattr(self, label)
+            shape, least = tuple(given[adapter_name].shape), getattr(self, label)
             if len(shape) != 2 or shape[1 - dim] != r or shape[dim] < least:
                 wanted = f"({r}, at least {least})" if dim else f"(at least {least}, {r})"
                 raise ValueError(
@@ -144,20 +144,33 @@ class Linear(AdaptedLinear, VeraLayer):
 
     def _add_update(self, adapter: str, x: Tensor, base: Tensor | ops.FrozenLinear) -> Tensor:
         A, B = self._projections(adapter, x.device)
-        lambdas = (parameter_of(self, "vera_lambda_b", adapter), parameter_of(self, "vera_lambda_d", adapter))
-        options = self._op_options(adapter)
-        # A hook before the layer may have written into x and left no trace of it.
-        plain = not self._forward_pre_hooks and A is self.vera_A[adapter]
-        dropped = options["training"] and options["dropout_p"]
-        # On a CPU PyTorch computes, which has no use for it, unless it was told to run the kernels.
-        useful = not x.is_cpu or resolve(self.backend) == "triton"
-        if plain and not dropped and useful and shared_input.may_share_values(x, base):
+        p, projected = self._dropout_p(adapter), None
+        # On a CPU PyTorch computes, which has no use for it, unless it was told to run the kernels; and a hook before
+        # the layer may have written into x and left no trace of it.
+        if (
+            p == 0
+            and not (x.is_cpu and resolve(self.backend) != "triton")
+            and not self._forward_pre_hooks
+            and A is self.vera_A[adapter]
+            and shared_input.may_share_values(x, base)
+        ):
             dtype = base.dtype if isinstance(base, Tensor) else x.dtype
-            known, options["projected"] = shared_input.find_value(x, A, dtype)
+            known, projected = shared_input.find_value(x, A, dtype)
             if not known:
-                options["projected"] = ops.vera_project(x, A, base, backend=self.backend)
-                shared_input.keep_value(A, dtype, options["projected"])
-        return ops.vera_linear(x, base, *lambdas, A, B, **options)
+                projected = ops.vera_project(x, A, base, backend=self.backend)
+                shared_input.keep_value(A, dtype, projected)
+        return ops.vera_linear(
+            x,
+            base,
+            held(self._modules["vera_lambda_b"], adapter),
+            held(self._modules["vera_lambda_d"], adapter),
+            A,
+            B,
+            dropout_p=p,
+            training=True,
+            backend=self.backend,
+            projected=projected,
+        )
 
     def _projections(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         A, B = self.vera_A[adapter], self.vera_B[adapter]
