@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,12 +25,17 @@ def made_on(name, method, storage=torch.uint8):
     return adapted_by(*METHODS[method], base=base).train()
 
 
+def many_rows():
+    """More tokens, in each process too, than layers take that are called as modules."""
+    return torch.cat([rows(), rows().flip(1)])
+
+
 def gradients_on(name, method, wrapping, storage):
     """The gradients of a second step, by when bitsandbytes has put the scales back that FSDP takes from parameters."""
     model = WRAPPED[wrapping](made_on(name, method, storage))
     for _ in range(2):
         model.zero_grad()
-        backward(model, own_rows())
+        backward(model, many_rows()[dist.get_rank() :: 2])
     return gradients(model), {type(parameter).__name__ for parameter in model.state_dict().values()}
 
 
@@ -49,7 +55,7 @@ WRAPPED = {**WRAPPINGS, "unsynced": partial(DistributedDataParallel, init_sync=F
 )
 def test_gradients_on_quantised_weights_are_those_of_one_process(name, storage, method, wrapping, pair):
     model = made_on(name, method)
-    backward(model, rows())
+    backward(model, many_rows())
     wanted = gradients(model)
     for found, kinds in pair(gradients_on, name, method, wrapping, storage):
         assert ("DTensor" in kinds) == (wrapping == "shard")

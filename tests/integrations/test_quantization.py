@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from tests.quantised import FORMATS, FOUR_BITS, quantised_linear, rounding
 from vblora_triton import VBLoRAConfig, VeraConfig, cast_mixed_precision_params, get_peft_model
@@ -291,3 +292,29 @@ def test_the_int8_product_of_bitsandbytes_rounds_x_in_evaluation_and_ours_does_n
         own = layer.base_layer.eval()(x)
         torch.testing.assert_close(layer.eval()(x), exact, rtol=1e-5, atol=1e-6)
     assert 1e-3 < (own - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("name", "method"), [("nf4", "vblora"), ("int8", "vera"), ("torchao fp8", "vblora")])
+def test_a_step_on_a_quantised_base_compiles_as_one_graph(name, method):
+    torch._dynamo.reset()
+    counters.clear()
+    model = adapted(name, method).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    graphs = []
+    for rows in (32, 48, 20, 32):
+        x = torch.randn(rows, 64)
+        wanted = torch.autograd.grad(model(x).square().sum(), trained)
+        for found, gradient in zip(torch.autograd.grad(compiled(x).square().sum(), trained), wanted, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+        graphs.append(counters["stats"]["unique_graphs"])
+    # bitsandbytes' layers note on their first call what they will compute in.
+    assert graphs[1:] == [1 if name.startswith("torchao") else 2] * 3
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "torchao fp8"])
+def test_an_evaluated_model_on_weights_of_torchao_is_exported(name):
+    model, x = adapted(name, "vera").eval(), torch.randn(32, 64)
+    with torch.no_grad():
+        exported = torch.export.export(model.get_base_model(), (x,)).module()
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-5)
