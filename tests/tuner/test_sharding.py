@@ -36,6 +36,12 @@ def errors_of_sharded_models(folder):
     shard(more)
     more.add_adapter("second", VeraConfig(**METHODS["vera"][1]))
     more.set_adapter("second")
+    later = shard(made("vera"))
+    later.add_adapter("second", VeraConfig(**METHODS["vera"][1]))
+    later.set_adapter("second", inference_mode=True)
+    # With gradients on, but nothing that is trained.
+    later(input_ids=own_rows())
+    later.base_model.set_requires_grad("second")
     reentrant = made("vblora")
     reentrant.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -55,6 +61,7 @@ def errors_of_sharded_models(folder):
         "topk": partial(model.load_adapter, f"{folder}/topk", "default"),
         "half": partial(backward, half, own_rows()),
         "second": partial(backward, more, own_rows()),
+        "later": partial(backward, later, own_rows()),
         "policy": partial(shard, made("vblora"), mp_policy=policy),
         "reentrant": partial(backward, DistributedDataParallel(reentrant), own_rows()),
     }
@@ -88,6 +95,7 @@ def test_what_would_go_wrong_unseen_is_said(pair, tmp_path):
         assert said["topk"].startswith("ValueError: FSDP2 has sharded the logits of adapter 'default'")
         assert said["half"].startswith("RuntimeError: FSDP shards parts of the model, but not base_model.vblora_vector")
         assert "lambda_b.second and" in said["second"]
+        assert said["later"] == said["second"]
         assert "leave it out, and load the base model in that dtype" in said["policy"]
         assert "give gradient_checkpointing_kwargs={'use_reentrant': False}, or" in said["reentrant"]
         assert not said["changed"]

@@ -88,7 +88,7 @@ def refuse_sharded(model: nn.Module, reason: str = NOT_MERGED) -> None:
         raise TypeError(f"The model is sharded by FSDP2, {reason}")
 
 
-# Models -> the active adapters that their processes were seen to train together.
+# Models -> the names of the parameters that their processes were seen to train together.
 _averaged: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
@@ -103,8 +103,9 @@ def check_processes(model: Any) -> None:
     tuner = model.base_model
     shared = [tensor for name in tuner.tuner_layer_cls.shared_layer_names for tensor in getattr(tuner, name).values()]
     check_checkpoints(tuner.model, shared)
-    if _averaged.get(model) != model.active_adapters and check_averaged(model):
-        _averaged[model] = model.active_adapters
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if _averaged.get(model) != trained and check_averaged(model):
+        _averaged[model] = trained
 
 
 def check_averaged(model: nn.Module) -> bool:
