@@ -186,7 +186,7 @@ def launch_expand_fwd(
     total = torch.empty((M, r), dtype=torch.float32, device=s.device) if partials > 1 else None
     is_bias = base is not None and base.stride() == (0, 1)
     bias, base = (base, None) if is_bias else (None, base)
-    config = tuning.expand_fwd(M, N, y.dtype, r)
+    config = tuning.expand_fwd(M, N, y.dtype, r, base is not None)
     launch(
         _expand_fwd_kernel,
         (tuning.cdiv(N, config["BLOCK_N"]), config.pop("PARTIALS")),

@@ -85,6 +85,7 @@ def _shrink_bwd_kernel(
     Idx_ptr,
     W_ptr,
     Seed_ptr,
+    Added_ptr,
     DX_ptr,
     DA_ptr,
     M,
@@ -102,12 +103,11 @@ def _shrink_bwd_kernel(
     COPIES: tl.constexpr,
     SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    ADD_TO_DX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx = ds A, or dx += ds A, and dA = ds^T x, with the mask and the scale of dropout on x and ds A; each where its
-    pointer is given.
+    """dx = added + ds A and dA = ds^T x, with the mask and the scale of dropout on x and ds A; each where its pointer
+    is given.
 
     Program (i, j) takes BLOCK_C columns of x (M, K) and blocks_each blocks of BLOCK_M rows. It mixes the columns of A
     (R, K) that they meet once, and streams x and ds (M, R) past them: it reads each element of x once, writes that of
@@ -147,10 +147,10 @@ def _shrink_bwd_kernel(
             dx = dot_terms(ds, a_high, a_middle, a_low, SPLITS, INPUT_PRECISION)
             if Seed_ptr is not None:
                 dx = drop((dx * drop_scale).to(DX_ptr.dtype.element_ty), keep)
-            dx_ptrs = DX_ptr + offs_m[:, None] * K + offs_k[None, :]
-            if ADD_TO_DX:
-                dx += tl.load(dx_ptrs, mask=mask_mk, other=0.0).to(tl.float32)
-            tl.store(dx_ptrs, dx.to(DX_ptr.dtype.element_ty), mask=mask_mk)
+            offs_dx = offs_m[:, None] * K + offs_k[None, :]
+            if Added_ptr is not None:
+                dx += tl.load(Added_ptr + offs_dx, mask=mask_mk, other=0.0).to(tl.float32)
+            tl.store(DX_ptr + offs_dx, dx.to(DX_ptr.dtype.element_ty), mask=mask_mk)
     if DA_ptr is not None:
         offs_r = tl.arange(0, R_PAD)
         da_ptrs = DA_ptr + (chunk * R + offs_r)[None, :] * K + offs_k[:, None]
@@ -215,23 +215,24 @@ def launch_shrink_bwd(
     weights: Tensor,
     dropout: Dropout,
     dx: Tensor | None,
+    added: Tensor | None = None,
     *,
     need_dA: bool,
-    add_to_dx: bool = False,
 ) -> Tensor | None:
-    """dx = dropout'(ds A) and dA = ds^T dropout(x), in one pass over x.
+    """dx = added + dropout'(ds A) and dA = ds^T dropout(x), in one pass over x.
 
     Args:
         x: (M, K), any strides.
         ds: (M, r) fp32, contiguous.
         vector_bank, indices, weights, dropout: as in `launch_shrink_fwd`.
-        dx: (M, K) in x's dtype, contiguous, written, or with `add_to_dx` added to; None where not needed.
+        dx: (M, K) in x's dtype, contiguous, written; None where not needed.
+        added: (M, K), contiguous, or None; may be `dx` itself.
     Returns:
         dA, (partials, r, K) fp32, to be added up in order; None where not needed.
     """
     M, K = x.shape
     r, vector_length = ds.shape[1], vector_bank.shape[1]
-    config = tuning.two_products(M, K, x.dtype, r, True, add_to_dx, dropout.seed is not None)
+    config = tuning.two_products(M, K, x.dtype, r, True, added is not None, dropout.seed is not None)
     partials = config.pop("PARTIALS")
     dA = torch.empty((partials, r, K), dtype=torch.float32, device=x.device) if need_dA else None
     launch(
@@ -243,6 +244,7 @@ def launch_shrink_bwd(
         Idx_ptr=indices,
         W_ptr=weights,
         Seed_ptr=dropout.seed,
+        Added_ptr=added,
         DX_ptr=dx,
         DA_ptr=dA,
         M=M,
@@ -257,7 +259,6 @@ def launch_shrink_bwd(
         VECTOR=vector_length,
         TOPK=indices.shape[-1],
         INPUT_PRECISION=tuning.input_precision(),
-        ADD_TO_DX=add_to_dx,
         **tuning.copies(x.dtype, r),
         **config,
     )

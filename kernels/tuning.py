@@ -119,9 +119,16 @@ def shrink_fwd(M: int, K: int, dtype: torch.dtype, r: int) -> dict[str, int]:
 
 
 @remembered
-def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int) -> dict[str, int]:
-    """A program takes a block of columns of y and blocks_each blocks of rows."""
+def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int, adds: bool = False) -> dict[str, int]:
+    """A program takes a block of columns of y and blocks_each blocks of rows.
+
+    Args:
+        adds: to the base's result.
+    """
     rows, options, columns = tile(M, dtype, r)
+    if adds:
+        # Of fp32 wider ones take most registers.
+        columns = min(columns, 64)
     chunks = max(1, min(2 * PROGRAMS // cdiv(N, columns), cdiv(M, rows)))
     # Nothing large is read; what is waited for, of few rows, is partials.
     ahead = 8 if r <= 4 else 1
@@ -145,7 +152,10 @@ def two_products(
     if of_x and 4 < r <= 16 and dtype == torch.bfloat16 and M > FEW_ROWS and not drops:
         # Forecast for q, k and v of Llama-2-7B together, M 4096, r 12: 22 us; by 64 x 64 elements 33, floor 16.
         rows, columns, options = 32, 128, {"num_warps": 4, "num_stages": 3}
-    if adds:
+    if adds and FEW_ROWS < M <= 512 and r <= 4 and dtype == torch.bfloat16 and not drops:
+        # Forecast for down of Llama-2-7B, M 256: 7.1 us; by 64 x 64 elements 10.1.
+        rows, columns, options["num_warps"] = 32, 128, 8
+    elif adds:
         # More spill on sm_80.
         columns = min(columns, 64)
     if r > 32 and dtype != torch.float32:

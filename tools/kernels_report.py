@@ -12,7 +12,7 @@ import torch
 from bench.cases import LINEARS
 from tools.aot import SHARED_LIMIT, TARGETS, compiling
 from vblora_triton.kernels import tuning
-from vblora_triton.ops import triton_together, triton_vblora, triton_vera
+from vblora_triton.ops import overlap, triton_together, triton_vblora, triton_vera
 
 # (in, out) of the linears that ship: Llama-2-7B's, and of Llama-3-70B those of other shapes.
 SHAPES = {name: shape for name, shape in LINEARS.items() if name.startswith("llama")}
@@ -25,7 +25,8 @@ class Passes(NamedTuple):
 
     given: what the passes are given beside a base, x first. forward: given the base's result, or None where its product
     is added afterwards; what `backward` wants of it, y first. backward: given that, and the dx of other layers that
-    read the same x, if there are some. project: how forward begins, once for all layers that read the same x.
+    read the same x, if there are some; VB-LoRA's may get the base's product to begin with, as `overlap` gives it, in
+    the place of base, and last. project: how forward begins, once for all layers that read the same x.
     """
 
     given: tuple[torch.Tensor, ...]
@@ -45,9 +46,9 @@ def vblora_passes(
     seed = torch.empty(1, dtype=torch.int64, **meta) if p else None
     linear = triton_vblora.linear
 
-    def backward(found: tuple[torch.Tensor, ...], *dx: torch.Tensor) -> list[torch.Tensor]:
+    def backward(found: tuple[torch.Tensor, ...], *more: Any) -> list[torch.Tensor]:
         dy, *saved = found
-        return linear.bwd.unobserved(dy, x, *saved, bank, seed, p, logits_A.dtype, logits_B.dtype, [True] * 4, *dx)
+        return linear.bwd.unobserved(dy, x, *saved, bank, seed, p, logits_A.dtype, logits_B.dtype, [True] * 4, *more)
 
     return Passes(
         (x, logits_A, logits_B, bank),
@@ -82,7 +83,7 @@ def vblora_together_passes(
         *ys, _ = triton_together.Together.forward(context, x, bank, k, *(t for own in layers for t in own))
         return *ys, *context.saved_tensors
 
-    def backward(found: tuple[torch.Tensor, ...], dx: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def backward(found: tuple[torch.Tensor, ...], dx: torch.Tensor | None = None, *_: Any) -> list[torch.Tensor]:
         with torch.no_grad():
             grads = triton_together.Together.backward(context, *found[:count], dx)
         return [grad for grad in grads if grad is not None]
@@ -122,12 +123,15 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
     """Forward and backward of one adapted linear, and a composition, on meta tensors: every launch that ships."""
     passes = vblora_passes(K, N, M, h, dtype, k=k, p=p, **sizes)
     x, logits_A, _, bank = passes.given
-    for base in bases(M, N, dtype):
+    first = [lambda: torch.empty(M, N, device="meta")] if M <= overlap.ROWS else []
+    for base in (*first, *bases(M, N, dtype)):
         found = passes.forward(base)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
     triton_vblora.linear_selected.fwd.unobserved(x, None, *found[2:], bank, p, seed)
     passes.backward(found)
     passes.backward(found, torch.empty_like(x))
+    if first:
+        passes.backward(found, None, lambda: torch.empty(M, K, device="meta"))
     triton_vblora.compose.fwd.unobserved(logits_A, bank, k)
     if not p and M > tuning.FEW_ROWS:
         # Gate and up; q, k and v. Two in other settings take the tiles of one layer of twice the rank.

@@ -16,7 +16,9 @@ from vblora_triton.vera.layer import Linear as VeraLinear
 from vblora_triton.vera.projection import ProjectionDict, draw_projections
 
 # All sizes differ, so that a shape says which tensor it is.
-M, K, N, R = 70, 96, 144, 4
+M, K, N, R = 600, 96, 144, 4
+# Rows of which the base's product comes first.
+FEW = 70
 # These make no pass over memory; of those that only call others, the others are counted.
 SILENT = "empty|view|reshape|flatten|alias|stride|expand|detach|select|transpose|permute|numpy_T|aten::t$|resolve"
 SILENT += "|aten::(linear|matmul|to|contiguous)$"
@@ -87,6 +89,25 @@ def test_each_pass_touches_activations_once_and_the_base_product_in_place(method
     assert set().union(*launched) <= {x_at, dy_at, dx_at}
 
 
+def test_of_few_rows_kernels_add_to_the_base_product_and_touch_activations_once():
+    adapted = layer("vblora", "triton", bias=True)
+    x, dy = torch.randn(FEW, K, device=DEVICE, requires_grad=True), torch.randn(FEW, N, device=DEVICE)
+    launched: list[list[int]] = []
+
+    def look(kernel, grid, arguments):
+        memory = [t.untyped_storage() for t in arguments.values() if isinstance(t, torch.Tensor)]
+        launched.append([storage.nbytes() for storage in memory if storage.nbytes() in (4 * FEW * K, 4 * FEW * N)])
+
+    with intercepted(look):
+        y, forward = touching(lambda: adapted(x), (FEW, K), (FEW, N))
+        in_forward, launched = [sizes for sizes in launched if sizes], []
+        _, backward = touching(lambda: y.backward(dy), (FEW, K), (FEW, N))
+    # cuBLAS writes y and dx; one kernel reads x, and one reads and writes y; one reads dy, one x and dx.
+    assert forward == backward == ["aten::addmm"]
+    assert in_forward == [[4 * FEW * K], [4 * FEW * N] * 2]
+    assert [sizes for sizes in launched if sizes] == [[4 * FEW * N], [4 * FEW * K] * 3]
+
+
 def test_layers_that_read_one_x_read_it_once_in_each_direction():
     bank, readers = a_bank(), Readers()
     layers = [layer("vblora", "triton", bias=True, bank=bank) for _ in range(3)]
@@ -124,9 +145,9 @@ def test_layers_that_read_one_x_read_it_once_in_each_direction():
 @pytest.mark.parametrize("method", ["vblora", "vera"])
 def test_on_a_cpu_products_alone_touch_activations_and_veras_scales(method, bias):
     adapted = layer(method, "auto", bias)
-    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
-    y, forward = touching(lambda: adapted(x), (M, K), (M, N))
-    _, backward = touching(lambda: y.backward(dy), (M, K), (M, N))
+    x, dy = torch.randn(FEW, K, requires_grad=True), torch.randn(FEW, N)
+    y, forward = touching(lambda: adapted(x), (FEW, K), (FEW, N))
+    _, backward = touching(lambda: y.backward(dy), (FEW, K), (FEW, N))
     base, product = "aten::addmm" if bias else "aten::mm", "aten::mm"
     if method == "vblora":
         # Forward s, the base's, and s B^T added in place; backward ds, the base's dx, ds A added in place, dA and dB.

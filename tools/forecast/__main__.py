@@ -59,7 +59,7 @@ def forecast(
                     key = repr((call.compiled.kernel, call.grid, sorted(call.activations), call.arguments))
                     if key not in known:
                         known[key] = predict.predict(call, rates)
-                    row |= known[key]
+                    row |= known[key] | {"beside": call.beside}
                 rows.append(row)
                 print(_line(row), flush=True)
     return rows
@@ -69,7 +69,8 @@ def block(rows: list[dict[str, Any]], rates: predict.Rates) -> dict[str, Any]:
     """One side of the block: its time over the frozen base's, if every launch took its floor too, and µs by kernel.
 
     The base product adds to the y, or dx, that a kernel has written. "ratio" counts that it reads it as a pass of its
-    own, "hidden" that it does so under its own arithmetic; the truth lies between.
+    own, "hidden" that it does so under its own arithmetic; the truth lies between. Kernels on a second stream beside it
+    count as far as they take longer.
 
     Args:
         rows: of one method, number of tokens and side.
@@ -81,12 +82,25 @@ def block(rows: list[dict[str, Any]], rates: predict.Rates) -> dict[str, Any]:
     base = base_time(shapes, M, chip) * 1e6
     kernels: dict[str, float] = {}
     for row in rows:
-        kernels[row["kernel"]] = kernels.get(row["kernel"], 0.0) + row["count"] * row["us"]
+        if not row.get("beside"):
+            kernels[row["kernel"]] = kernels.get(row["kernel"], 0.0) + row["count"] * row["us"]
+    beside: dict[tuple[str, int], float] = {}
+    for row in rows:
+        if row.get("beside"):
+            key = row["linear"], row["beside"]
+            beside[key] = beside.get(key, 0.0) + row["count"] * row["us"]
+    for (name, _), us in beside.items():
+        longer = us - base_time(LINEARS[name][:1], M, chip) * 1e6
+        if longer > 0:
+            kernels["longer than the product beside"] = kernels.get("longer than the product beside", 0.0) + longer
     hidden = 1 + sum(kernels.values()) / base
-    written = sum(shape[1 if first["side"] == "forward" else 0] for shape in shapes)
-    kernels["the base product's read of what was written"] = (
-        2 * M * written / (chip.copy if M > HOT else rates.l2) * 1e6
-    )
+    # Where kernels run beside a product, it is the first of those that read one x, and they add to it.
+    after = [shape for name in linears for shape in [LINEARS[name][0]] * (LINEARS[name][1] - ((name, 1) in beside))]
+    if after:
+        written = sum(shape[1 if first["side"] == "forward" else 0] for shape in after)
+        kernels["the base product's read of what was written"] = (
+            2 * M * written / (chip.copy if M > HOT else rates.l2) * 1e6
+        )
     floor = sum(row["count"] * row["floor"] for row in rows)
     return {
         **{key: first[key] for key in ("method", "r", "tokens", "side")},
@@ -116,11 +130,12 @@ _HEAD = (
 def _line(row: dict[str, Any]) -> str:
     grid = "x".join(map(str, row.get("grid", ())))
     spilled = f"; {row['spills']} bytes spilled" if row.get("spills") else ""
+    beside = "; beside the base" if row.get("beside") else ""
     return (
         f"{row['method']:7} {row['tokens']:6} {row['linear']:8} {row['side']:8} {row['kernel'].strip('_'):24} "
         f"{grid:>10} {row.get('registers', ''):4} {row.get('shared', ''):7} {row.get('instructions', ''):10} "
         f"{row['us']:7.1f} "
-        f"{row['floor']:7.1f}  {row['binds']}{spilled}"
+        f"{row['floor']:7.1f}  {row['binds']}{spilled}{beside}"
     )
 
 

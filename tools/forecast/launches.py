@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from tools.aot import compiling
 from tools.forecast.predict import Launch, Operation
 from tools.kernels_report import vblora_passes, vblora_together_passes, vera_passes
 from vblora_triton.kernels import launch
+from vblora_triton.ops import overlap, triton_together
 
+F32 = torch.float32
 # Tokens up to which the activations of a linear stay in L2.
 HOT = 256
 
@@ -86,20 +90,37 @@ def collect(
             found[side] = [
                 call
                 if isinstance(call, Operation)
-                else Launch(*call, next(code), _among(call[2], streamed), _among(call[2], owned))
-                for call in calls
+                else Launch(*call, next(code), _among(call[2], streamed), _among(call[2], owned), beside.get(i, 0))
+                for i, call in enumerate(calls)
             ]
-            calls.clear()
-            compiled.clear()
+            for calls_of_side in (calls, compiled, beside):
+                calls_of_side.clear()
 
-        with launch.intercepted(note), _Operations(calls) if method == "vera" else nullcontext():
+        # The number of a launch -> that of the product beside which it runs, from 1 on.
+        beside: dict[int, int] = {}
+
+        @contextmanager
+        def beside_it(left: Tensor, right: Tensor, added: Tensor | None) -> Iterator[Callable[[], Tensor] | None]:
+            first = len(calls)
+
+            def product() -> Tensor:
+                beside.update(dict.fromkeys(range(first, len(calls)), 1 + max(beside.values(), default=0)))
+                return added if added is not None and added.dim() == 2 else left.new_empty(M, right.shape[1], dtype=F32)
+
+            yield product if method == "vblora" and M <= overlap.ROWS else None
+
+        own = patch.object(triton_together, "product_beside", beside_it)
+        with launch.intercepted(note), _Operations(calls) if method == "vera" else nullcontext(), own:
             passes.project()
             launches("project", [given[0]], given)
-            kept = passes.forward(None)
+            weight = given[0].new_empty(N, K)
+            with beside_it(given[0], weight.T, None) as product:
+                kept = passes.forward(product)
             # x and y; what forward keeps beside y was written just now.
             launches("forward", [given[0], *kept[:together]], [*given, *kept])
             found["forward"] = found["forward"][len(found["project"]) :]
-            grads = passes.backward(kept)
+            with beside_it(kept[0], weight, None) as product:
+                grads = passes.backward(kept) if product is None else passes.backward(kept, None, product)
             # What forward kept has long left L2.
             launches("backward", [given[0], *kept, grads[0]], [*given, *kept, *grads])
     return found

@@ -37,7 +37,8 @@ class Launch:
     """A launch: what `kernels.launch` was given, and what was compiled for it.
 
     activations: the arguments that come from DRAM or go there. owned: those that are the operator's own, given or
-    returned; the others are scratch, which stays in L2.
+    returned; the others are scratch, which stays in L2. beside: it runs on a second stream,
+    beside this one of the base's products; 0 for none.
     """
 
     kernel: Any
@@ -46,6 +47,7 @@ class Launch:
     compiled: Compiled
     activations: frozenset[str]
     owned: frozenset[str]
+    beside: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vblora_triton.ops import modes
+from vblora_triton.ops import modes, overlap
 from vblora_triton.ops.reference import FrozenLinear
 from vblora_triton.ops.shared_input import HANDS_ON, writable
 
@@ -60,6 +60,8 @@ class Differentiable(Operator):
             its gradient is dy. Where nobody observes it may be a FrozenLinear, whose product is then added in place,
             by cuBLAS with beta = 1, to y as forward has written it, bias + update, and to dx as backward has: no other
             tensor of the size of either exists, and nothing is rounded before the sum.
+        overlaps: of few rows the base's product is given to `forward` as base, and to `backward` as one more argument,
+            `product`: a callable, which they call once, as late as they can (`overlap`).
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class Differentiable(Operator):
         backward: Operator,
         gradients: tuple[int | None, ...],
         has_base: bool,
+        overlaps: bool = False,
     ) -> None:
+        product_beside = overlap.product_beside if overlaps else _after
+
         def whole(*args: Any) -> tuple[Tensor, ...]:
             y = allocate(*args)
             return y, *forward(y, *args)
@@ -96,9 +101,11 @@ class Differentiable(Operator):
                         x, (weight, bias), *rest = args
                         again = args[1].again
                         y = allocate(x, None, *rest)
-                        args = (x, None if bias is None else bias.expand(y.shape), *rest)
-                        kept = forward(y, *args)
-                        rows_of(y).addmm_(rows_of(x), weight.T)
+                        with product_beside(rows_of(x), weight.T, bias) as product:
+                            base = product or (None if bias is None else bias.expand(y.shape))
+                            kept = forward(y, x, base, *rest)
+                        if product is None:
+                            rows_of(y).addmm_(rows_of(x), weight.T)
                     elif modes.is_plain(*_tensors(args)):
                         y = allocate(*args)
                         kept = forward(y, *args)
@@ -128,14 +135,20 @@ class Differentiable(Operator):
                     run, received = backward.on(dy, *tensors), dx if needs[0] else None
                     # An operator that somebody observes writes to nothing that it is given.
                     into = [] if received is None or run is backward.operator else [writable(received)]
+                    arguments = (dy, *tensors, *ctx.others, needs)
                     with modes.below_autograd():
-                        found = run(dy, *tensors, *ctx.others, needs, *into)
+                        if ctx.again is not None and needs[0]:
+                            weight = ctx.again()
+                        if weight is None or not needs[0]:
+                            found = run(*arguments, *into)
+                        else:
+                            beside = _after if run is backward.operator else product_beside
+                            with beside(rows_of(dy), weight, rows_of(into[0]) if into else None) as product:
+                                found = run(*arguments, *into, **({"product": product} if product else {}))
+                            if product is None:
+                                rows_of(found[0]).addmm_(rows_of(dy), weight)
                         if received is not None and not into:
                             found[0].add_(received)
-                        if needs[0]:
-                            weight = weight if ctx.again is None else ctx.again()
-                            if weight is not None:
-                                rows_of(found[0]).addmm_(rows_of(dy), weight)
                     wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
                     for position, grad in zip(wanted, found, strict=True):
                         grads[position] = grad  # type: ignore[index]
@@ -216,6 +229,10 @@ def first_derivative_only(backward: Callable) -> Callable:
 
 
 _here = nullcontext()
+
+
+def _after(*_: Any) -> AbstractContextManager[None]:
+    return _here
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ What else there is, and the kernels, are those of one layer: `triton_vblora`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -20,8 +21,15 @@ from torch import Tensor, nn
 
 from vblora_triton.ops import modes, shared_input
 from vblora_triton.ops.dispatch import Choice
+from vblora_triton.ops.overlap import product_beside
 from vblora_triton.ops.reference import FrozenLinear, Selection
-from vblora_triton.ops.register import as_rows, first_derivative_only, on_device, refuse_batches, rows_of
+from vblora_triton.ops.register import (
+    as_rows,
+    first_derivative_only,
+    on_device,
+    refuse_batches,
+    rows_of,
+)
 from vblora_triton.ops.triton_vblora import launchers, linear, logits_shapes
 
 # The ranks of all layers together that one product with x has room for at no cost: those of one matrix instruction.
@@ -162,7 +170,8 @@ class Together(torch.autograd.Function):
         rows_A, rows_B = (_one_after_the_other(len(own) for own in side) for side in zip(*logits, strict=True))
         ranks = _one_after_the_other(layer.logits_A.shape[0] for layer in layers)
         ys, kept = [], []
-        with modes.below_autograd(), on_device(x.device):
+        first = product_beside(x_rows, layers[0].weight.T, layers[0].bias)
+        with modes.below_autograd(), on_device(x.device), first as product:
             bank = vector_bank.contiguous()
             indices_A, indices_B = (
                 torch.empty((rows[-1].stop, topk), dtype=torch.int32, device=x.device) for rows in (rows_A, rows_B)
@@ -177,9 +186,12 @@ class Together(torch.autograd.Function):
             for own, of_B, layer in zip(ranks, rows_B, layers, strict=True):
                 y = x.new_empty((*x.shape[:-1], layer.weight.shape[0]))
                 y_rows = rows_of(y)
-                bias = None if layer.bias is None else layer.bias.expand(y_rows.shape)
-                own_s = kernels.launch_expand_fwd(s[..., own], bias, bank, indices_B[of_B], weights_B[of_B], y_rows)
-                y_rows.addmm_(x_rows, layer.weight.T)
+                base = None if layer.bias is None else layer.bias.expand(y_rows.shape)
+                comes_first, product = product, None
+                base = comes_first() if comes_first else base
+                own_s = kernels.launch_expand_fwd(s[..., own], base, bank, indices_B[of_B], weights_B[of_B], y_rows)
+                if not comes_first:
+                    y_rows.addmm_(x_rows, layer.weight.T)
                 ys.append(y)
                 kept += [layer.weight, own_s]
         ctx.save_for_backward(x, vector_bank, indices_A, weights_A, indices_B, weights_B, *kept)
@@ -213,37 +225,50 @@ def _backward(needs: Sequence[bool], dys: list[Any], dx: Tensor | None, saved: S
     need_x, need_bank, need_logits_A, need_logits_B = needs[0], needs[1], any(needs[5::4]), any(needs[6::4])
     kernels, x, bank = launchers(), saved.x, saved.vector_bank.contiguous()
     found: list[Tensor | None] = [None] * len(needs)
-    dx_rows, adds, need_dA = None, need_x and dx is not None, need_bank or need_logits_A
+    dx_rows, added, dA, need_dA = None, None, None, need_bank or need_logits_A
+    # Those that are still to be added to dx.
+    products: list[tuple[Tensor, Tensor]] = []
     if need_x:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else shared_input.writable(dx)
-        found[0], dx_rows = dx, rows_of(dx)
+        products = [(rows_of(dy), own.weight) for dy, own in zip(dys, saved.layers, strict=True)]
+        whole = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else shared_input.writable(dx)
+        found[0], dx_rows = whole, rows_of(whole)
+        added = None if dx is None else dx_rows
     with on_device(x.device):
-        ds, dB = _over_dy(dys, saved, bank, need_ds=need_x or need_dA, need_dB=need_bank or need_logits_B)
-        dA = None
+        with _first_beside(products, added) as product:
+            ds, dB = _over_dy(dys, saved, bank, need_ds=need_x or need_dA, need_dB=need_bank or need_logits_B)
+            if product:
+                added = product()
+                del products[0]
         if ds is not None:
             selection_A, nothing = saved.selection[:2], kernels.Dropout.of(0.0, None)
-            dA = kernels.launch_shrink_bwd(
-                rows_of(x), ds, bank, *selection_A, nothing, dx_rows, need_dA=need_dA, add_to_dx=adds
+            dA = kernels.launch_shrink_bwd(rows_of(x), ds, bank, *selection_A, nothing, dx_rows, added, need_dA=need_dA)
+        with _first_beside(products, dx_rows) as product:
+            dlogits_A, dlogits_B, found[1] = kernels.launch_parameter_grads(
+                dA,
+                dB,
+                bank,
+                saved.selection,
+                saved.dtypes,
+                need_logits_A=need_logits_A,
+                need_logits_B=need_logits_B,
+                need_bank=need_bank,
             )
-        dlogits_A, dlogits_B, found[1] = kernels.launch_parameter_grads(
-            dA,
-            dB,
-            bank,
-            saved.selection,
-            saved.dtypes,
-            need_logits_A=need_logits_A,
-            need_logits_B=need_logits_B,
-            need_bank=need_bank,
-        )
-        for i, (dy, own) in enumerate(zip(dys, saved.layers, strict=True)):
-            if dx_rows is not None:
-                dx_rows.addmm_(rows_of(dy), own.weight)
-            shape_A, shape_B = logits_shapes(saved.selection_of(i), bank)
-            if needs[4 * i + 5]:
-                found[4 * i + 5] = dlogits_A[saved.rows_A[i]].view(shape_A)
-            if needs[4 * i + 6]:
-                found[4 * i + 6] = dlogits_B[saved.rows_B[i]].view(shape_B)
+            if product:
+                product()
+                del products[0]
+        for dy_rows, weight in products:
+            dx_rows.addmm_(dy_rows, weight)  # type: ignore[union-attr]
+    for i in range(len(dys)):
+        shape_A, shape_B = logits_shapes(saved.selection_of(i), bank)
+        if needs[4 * i + 5]:
+            found[4 * i + 5] = dlogits_A[saved.rows_A[i]].view(shape_A)
+        if needs[4 * i + 6]:
+            found[4 * i + 6] = dlogits_B[saved.rows_B[i]].view(shape_B)
     return tuple(found)
+
+
+def _first_beside(products: list[tuple[Tensor, Tensor]], added: Tensor | None) -> AbstractContextManager[Any]:
+    return product_beside(*products[0], added) if products else nullcontext()
 
 
 def _over_dy(

@@ -20,6 +20,7 @@ Backward, from dy (M, N), in one pass over dy, one over x, and one launch for th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,9 @@ def launchers() -> SimpleNamespace:
     found |= {"new_terms": compose.new_terms, "new_ds": expand.new_ds, "new_dB": expand.new_dB}
     return SimpleNamespace(**found, Dropout=dropout.Dropout, FEW_ROWS=tuning.FEW_ROWS)
 
+
+# The base's result, or what waits for it and gives it (`overlap`).
+Base = Tensor | Callable[[], Tensor] | None
 
 _SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
 _DROPOUT = "float dropout_p, Tensor? seed"
@@ -83,11 +87,13 @@ def _linear_bwd(
     dtype_B: torch.dtype,
     needs: list[bool],
     others_dx: Tensor | None = None,
+    product: Callable[[], Tensor] | None = None,
 ) -> list[Tensor]:
     """The gradients of x, logits_A, logits_B and vector_bank that `needs` asks for, in this order.
 
     Args:
         others_dx: what that of x is added to, in place.
+        product: gives what that of x begins with, (M, K): the base's part, with `others_dx` in it (`overlap`).
     """
     kernels, selection = launchers(), Selection(indices_A, weights_A, indices_B, weights_B)
     need_x, need_logits_A, need_logits_B, need_bank = needs
@@ -97,26 +103,27 @@ def _linear_bwd(
         zeros = [grad.zero_() for grad in nothing]
         return zeros if others_dx is None else [others_dx, *zeros[1:]]
     x_rows, dy_rows, bank = rows_of(x), rows_of(dy), vector_bank.contiguous()
+    sizes = (*dy_rows.shape, dy.dtype, s.shape[1])
     # Of x's shape from the start: a view of it autograd could not add to in place.
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x and others_dx is None else others_dx
-    sizes = (*dy_rows.shape, dy.dtype, s.shape[1])
     dA = None
     with on_device(x.device):
         ds = kernels.new_ds(*sizes, x.device) if need_x or need_dA else None
         dB = kernels.new_dB(*sizes, bank) if need_dB else None
         kernels.launch_expand_bwd(dy_rows, s, bank, indices_B, weights_B, ds, dB)
         if ds is not None:
-            dropout, dx_rows = kernels.Dropout.of(dropout_p, seed), None if dx is None else rows_of(dx)
+            ds = kernels.launch_sum_partials(ds)
+            dx_rows = None if dx is None else rows_of(dx)
             dA = kernels.launch_shrink_bwd(
                 x_rows,
-                kernels.launch_sum_partials(ds),
+                ds,
                 bank,
                 indices_A,
                 weights_A,
-                dropout,
+                kernels.Dropout.of(dropout_p, seed),
                 dx_rows,
+                product() if product else None if others_dx is None else dx_rows,
                 need_dA=need_dA,
-                add_to_dx=others_dx is not None,
             )
         grads = kernels.launch_parameter_grads(
             dA,
@@ -155,8 +162,8 @@ _linear_grads = Operator(
 )
 
 
-def _new_y(x: Tensor, base: Tensor | None, of_B: Tensor, vector_bank: Tensor) -> Tensor:
-    return (x if base is None else base).new_empty((*x.shape[:-1], of_B.shape[0] * vector_bank.shape[1]))
+def _new_y(x: Tensor, base: Base, of_B: Tensor, vector_bank: Tensor) -> Tensor:
+    return (base if isinstance(base, Tensor) else x).new_empty((*x.shape[:-1], of_B.shape[0] * vector_bank.shape[1]))
 
 
 def _linear_fake(
@@ -169,7 +176,7 @@ def _linear_fake(
 def _linear_fwd(
     y: Tensor,
     x: Tensor,
-    base: Tensor | None,
+    base: Base,
     logits_A: Tensor,
     logits_B: Tensor,
     vector_bank: Tensor,
@@ -181,7 +188,7 @@ def _linear_fwd(
     if x.numel() == 0 or y.numel() == 0:
         # Nothing to multiply, and no launch: backward looks at none of these either.
         _write_base(y, base)
-        return _linear_fake(y, x, base, logits_A, logits_B, vector_bank, topk)
+        return _linear_fake(y, x, None, logits_A, logits_B, vector_bank, topk)
     kernels, bank, r = launchers(), vector_bank.contiguous(), logits_A.shape[0]
     selection = _empty_selection(logits_A, logits_B, topk)
     with on_device(x.device):
@@ -196,7 +203,7 @@ def _linear_fwd(
 def _products(
     y: Tensor,
     x: Tensor,
-    base: Tensor | None,
+    base: Base,
     A: Tensor | None,
     selection: tuple[Tensor, Tensor, Tensor, Tensor],
     bank: Tensor,
@@ -206,16 +213,22 @@ def _products(
 ) -> Tensor:
     """Write y = base + dropout(x) A^T B^T; return s. A: its terms, or None where they are not kept."""
     kernels, (indices_A, weights_A, indices_B, weights_B) = launchers(), selection
-    dropout, base_rows = kernels.Dropout.of(dropout_p, seed), None if base is None else rows_of(base)
-    s = kernels.launch_shrink_fwd(rows_of(x), A, bank, indices_A, weights_A, r, dropout)
+    s = kernels.launch_shrink_fwd(rows_of(x), A, bank, indices_A, weights_A, r, kernels.Dropout.of(dropout_p, seed))
+    found = _result(base)
+    base_rows = None if found is None else rows_of(found)
     return kernels.launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, rows_of(y))
 
 
-def _write_base(y: Tensor, base: Tensor | None) -> None:
-    if base is None:
+def _result(base: Base) -> Tensor | None:
+    return base() if callable(base) else base
+
+
+def _write_base(y: Tensor, base: Base) -> None:
+    found = _result(base)
+    if found is None:
         y.zero_()
     else:
-        y.copy_(base)
+        y.copy_(found)
 
 
 def _linear_saved(kept: Any, x: Tensor, base: Any, logits_A: Tensor, logits_B: Tensor, *rest: Any) -> Any:
@@ -234,6 +247,7 @@ linear = Differentiable(
     backward=_linear_grads,
     gradients=(0, 2, 3, 4),
     has_base=True,
+    overlaps=True,
 )
 
 
@@ -244,7 +258,7 @@ def _selected_fake(y: Tensor, x: Tensor, base: Tensor | None, indices_A: Tensor,
 def _selected_fwd(
     y: Tensor,
     x: Tensor,
-    base: Tensor | None,
+    base: Base,
     indices_A: Tensor,
     weights_A: Tensor,
     indices_B: Tensor,
@@ -256,7 +270,7 @@ def _selected_fwd(
     """Write y; return s."""
     if x.numel() == 0 or y.numel() == 0:
         _write_base(y, base)
-        return _selected_fake(y, x, base, indices_A)
+        return _selected_fake(y, x, None, indices_A)
     kernels, bank, r, topk = launchers(), vector_bank.contiguous(), indices_A.shape[0], indices_A.shape[-1]
     with on_device(x.device):
         A = None
@@ -285,6 +299,7 @@ linear_selected = Differentiable(
     backward=_linear_grads,
     gradients=(0, None, None, 6),
     has_base=True,
+    overlaps=True,
 )
 
 

@@ -1,0 +1,76 @@
+"""The frozen base's product before our kernels, of few rows, which add to it; and beside them in a CUDA graph.
+
+Of few rows neither product nor kernels fill the GPU, and most of what the kernels take is the way from one to the next.
+So what does not wait for the product goes to a second stream:
+
+    select, shrink                   |  y = bias + x W^T        then  y = y + s B^T
+    ds = dy B, dB, sums of partials  |  dx = dy W               then  dx = dx + ds A, dA, the parameters' gradients
+
+A fork and a join cost the host more than they save, and are made only where a graph is captured. Outside of one the
+same kernels run one after the other: so they are compiled before a capture, and give the same bits. The product is kept
+in fp32 until the update is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+# Rows of which cuBLAS's products leave multiprocessors free: 512 x 4096 elements are 128 blocks of 128 x 128.
+ROWS = 512
+
+# (device, stream) -> its second stream. Memory allocated on that is used again in its order; what is queued there
+# always waits for the first stream, and so for all who read what was there before.
+_seconds: dict[tuple[int, int], torch.cuda.Stream] = {}
+_after: AbstractContextManager[None] = nullcontext()
+
+
+def product_beside(
+    left: Tensor, right: Tensor, added: Tensor | None
+) -> AbstractContextManager[Callable[[], Tensor] | None]:
+    """Compute left right beside what is launched inside the context, up to the call of what it gives, which returns it.
+
+    That must be called. It is None for many rows, where whoever asks adds the product to what the kernels wrote.
+
+    Args:
+        left, right: (M, K) and (K, N), in one dtype.
+        added: (N), or (M, N) in that dtype, to which the product is added in place; or None.
+    Returns:
+        (M, N) in fp32, or `added` itself.
+    """
+    if not 0 < left.shape[0] <= ROWS:
+        return _after
+    product = partial(_product, left, right, added)
+    if left.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _forked(left.device, product)
+    return nullcontext(product)
+
+
+def _product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
+    # Imported at the first call of an operator, as all kernels.
+    from vblora_triton.kernels.matmul import matmul
+
+    return matmul(left, right, base=added) if added is None or added.dim() == 1 else added.addmm_(left, right)
+
+
+@contextmanager
+def _forked(device: torch.device, product: Callable[[], Tensor]) -> Iterator[Callable[[], Tensor]]:
+    first = torch.cuda.current_stream(device)
+    second = _seconds.get((first.device_index, first.cuda_stream))
+    if second is None:
+        second = _seconds[first.device_index, first.cuda_stream] = torch.cuda.Stream(device)
+    second.wait_stream(first)
+    with ExitStack() as on_second:
+        on_second.enter_context(torch.cuda.stream(second))
+
+        def join() -> Tensor:
+            on_second.close()
+            found = product()
+            first.wait_stream(second)
+            return found
+
+        yield join
