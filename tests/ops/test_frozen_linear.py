@@ -14,6 +14,8 @@ from vblora_triton.ops import reference
 
 SIZES = (
     {"M": 20},
+    # Of so many rows the base's product comes after the update.
+    {"M": 600, "dtype": torch.bfloat16},
     {"M": 0},
     {"M": 5, "batch": (2, 3, 7)},
     {"M": 1, "batch": ()},

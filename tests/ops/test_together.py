@@ -149,7 +149,7 @@ def test_layers_whose_logits_differ_in_dtype_go_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [18, 300])
+@pytest.mark.parametrize("rows", [18, 600])
 def test_in_every_dtype_they_are_as_exact_as_plain_pytorch(dtype, rows):
     three, eager, exact = Three(3, dtype), Three(3, dtype), Three(3, dtype).double()
     exact.dtype = torch.float64
