@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -60,12 +61,18 @@ def wrapped_in_layers(model):
     return fully_shard(model)
 
 
+def sharded_and_replicated(model):
+    """HSDP: all parts in each of two groups of processes, here of one."""
+    return shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+
+
 # What users do, and our own call for it.
 WRAPPINGS = {
     "ddp": DistributedDataParallel,
     "layers": wrapped_in_layers,
     "root": fully_shard,
     "shard": partial(shard, reshard_after_forward=True),
+    "hybrid": sharded_and_replicated,
 }
 
 

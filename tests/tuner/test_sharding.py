@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models import adapted_by, tiny_llama
-from tests.several import METHODS, assert_near, backward, made, own_rows, whole, wrapped_in_layers
-from vblora_triton import PeftWarning, VeraConfig, get_peft_model, get_peft_model_state_dict
+from tests.several import METHODS, WRAPPINGS, assert_near, backward, made, own_rows, whole, wrapped_in_layers
+from vblora_triton import PeftWarning, VeraConfig, checkpoint, get_peft_model, get_peft_model_state_dict
 from vblora_triton.distributed import check_selections, shard
 
 
@@ -109,9 +110,14 @@ def saved_by_the_second_process_alone(folder):
     if dist.get_rank() == 1:
         model = fully_shard(made("vera"), mesh=DeviceMesh.from_group(group, "cpu"))
         model.save_pretrained(folder)
+    # Here both processes hold all, as the first of a group each, and one of them writes.
+    with patch.object(checkpoint, "write_adapter", wraps=checkpoint.write_adapter) as written:
+        WRAPPINGS["hybrid"](made("vera")).save_pretrained(f"{folder}/hybrid")
     dist.barrier()
+    return written.call_count
 
 
 def test_of_a_part_of_the_processes_the_first_writes(pair, tmp_path):
-    pair(saved_by_the_second_process_alone, str(tmp_path))
-    assert_near(load_file(tmp_path / "adapter_model.safetensors"), get_peft_model_state_dict(made("vera")))
+    assert pair(saved_by_the_second_process_alone, str(tmp_path)) == [1, 0]
+    for folder in (tmp_path, tmp_path / "hybrid"):
+        assert_near(load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(made("vera")))
