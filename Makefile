@@ -27,7 +27,7 @@ help:
 	@echo "make test    the whole test suite"
 	@echo "make check   ruff, mypy, and whether the README's tables are the measured ones; edits nothing"
 	@echo "make bench   measure beside PEFT and the base alone; without a GPU what a CPU can say (BENCH=options)"
-	@echo "make report  put what bench/results/ holds into the README"
+	@echo "make report  put what bench/results/ holds into README.md and CONTRIBUTING.md"
 	@echo "make kernels-report   compile the kernels for four chips and print what they use; needs no GPU"
 	@echo "make forecast   forecast the time of every kernel on a Hopper GPU, without one (FORECAST=options)"
 	@echo "make host    time of Python per adapted linear, the driver left out, beside PEFT's"

@@ -1,7 +1,7 @@
-"""Put the measured tables into README.md: `make report`; `--check` says whether they are up to date.
+"""Put the tables into README.md and CONTRIBUTING.md: `make report`; `--check` says whether they are up to date.
 
-Between the markers stands what bench/results/*.json of runs on a GPU hold, and in a second place what quality.json
-holds, and nothing else.
+Between two markers stands what files of bench/results/ hold, and nothing else: in the README what runs on a GPU
+measured, and quality.json; in CONTRIBUTING.md forecast.json, which was not measured, and host.json.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,8 +20,6 @@ from bench.table import by_case, number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-QUALITY, QUALITY_END = "<!-- quality: begin -->", "<!-- quality: end -->"
 # README shows these; the files have the rest.
 # "all" is a case that failed as a whole.
 SHOWN = ("all", "base", "ours", "ours_graph", "ours_compiled", "peft", "peft_compiled", "peft_patched", "lora_r32")
@@ -56,8 +55,8 @@ def _line(record: Record) -> str:
     return f"| {record.provider} | {number(record.median_ms)} | {ratios} | {counted} |"
 
 
-def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
-    """The text between the markers."""
+def render(folder: Path = RESULTS) -> str:
+    """The tables and pictures of what was measured on a GPU."""
     found = files(folder)
     if not found:
         return NOTHING
@@ -76,15 +75,17 @@ def render(folder: Path = RESULTS, root: Path = ROOT) -> str:
                 "|---|--:|--:|--:|--:|--:|",
             ]
             blocks.append("\n".join([*lines, *(_line(record) for record in group)]))
-    pictures = [f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in sorted(folder.glob("*.png"))]
+    pictures = [
+        f"![{path.stem}]({path.relative_to(folder.parents[1]).as_posix()})" for path in sorted(folder.glob("*.png"))
+    ]
     return "\n\n".join([*blocks, *pictures])
 
 
-def render_quality(path: Path) -> str:
+def render_quality(folder: Path) -> str:
     """The table of what methods learned, from the file that bench.quality wrote."""
-    if not path.is_file():
+    content = _content(folder / "quality.json")
+    if content is None:
         return "Not measured yet."
-    content = json.loads(path.read_text(encoding="utf-8"))
     what, where, runs = content["quality"], content["environment"], content["runs"]
     # A seed that some have not run yet says nothing about the others.
     kinds = {(run["method"], run["library"]) for run in runs}
@@ -109,36 +110,93 @@ def render_quality(path: Path) -> str:
     return "\n".join(lines)
 
 
-def updated(text: str, rendered: str, begin: str = BEGIN, end: str = END) -> str:
-    """The README with what is between the markers replaced.
+def render_forecast(folder: Path) -> str:
+    """The table of what blocks would take over the frozen base, from the file that tools.forecast wrote."""
+    content = _content(folder / "forecast.json")
+    if content is None:
+        return "Not made yet."
+    made = content["made_by"]
+    lines = [
+        f"A forecast, and no measurement; torch {made['torch']}, triton {made['triton']}, commit "
+        f"{_commit(made['commit'])}, {made['date'][:10]}. A block of Llama-2-7B in bf16, its time over that of the "
+        "frozen base alone; and where the base's product hides its read of what our kernels wrote; and if every launch took "
+        "the floor of its bytes.",
+        "",
+        "| method | r | tokens | side | ratio | read hidden | floors |",
+        "|---|--:|--:|---|--:|--:|--:|",
+    ]
+    for row in content["blocks"]:
+        ratios = " | ".join(number(row[name], 2) for name in ("ratio", "hidden", "floors"))
+        lines.append(f"| {row['method']} | {row['r']} | {row['tokens']:,} | {row['side']} | {ratios} |")
+    return "\n".join(lines)
+
+
+def render_host(folder: Path) -> str:
+    """The table of what Python takes, from the file that tools.forecast.host wrote."""
+    content = _content(folder / "host.json")
+    if content is None:
+        return "Not measured yet."
+    made = content["made_by"]
+    lines = [
+        f"µs of the host, with the driver's launches replaced by nothing; {made['cpu']}, python {made['python']}, "
+        f"torch {made['torch']}, peft {made['peft']}, commit {_commit(made['commit'])}, {made['date'][:10]}.",
+        "",
+        "| | forward | forward and backward |",
+        "|---|--:|--:|",
+    ]
+    for name, times in content["times"].items():
+        lines.append(f"| {name} | {number(times['forward'], 0)} | {number(times['forward and backward'], 0)} |")
+    return "\n".join(lines)
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# Of each page the names in its markers, and what makes the text between them of the folder of results.
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"bench": render, "quality": render_quality},
+    "CONTRIBUTING.md": {"forecast": render_forecast, "host": render_host},
+}
+
+
+def marked(name: str, text: str) -> str:
+    """A text between the markers of that name."""
+    return f"<!-- {name}: begin -->\n{text}\n<!-- {name}: end -->"
+
+
+def updated(page: str, text: str, name: str, rendered: str) -> str:
+    """The text of a page with what is between the markers replaced.
 
     Raises:
         ValueError: it has not exactly one pair of markers.
     """
+    begin, end = marked(name, "").split("\n\n")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"README.md must have one line {begin!r} and after it one line {end!r}.")
+        raise ValueError(f"{page} must have one line {begin!r} and after it one line {end!r}.")
     before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{rendered}\n{end}{rest.partition(end)[2]}"
+    return before + marked(name, rendered) + rest.partition(end)[2]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="where the pages are, and bench/results/")
     options = parser.parse_args(arguments)
-    text = options.readme.read_text(encoding="utf-8")
-    new = updated(text, render(options.results, options.readme.resolve().parent))
-    quality = options.results / "quality.json"
-    if quality.is_file() or QUALITY in text:
-        new = updated(new, render_quality(quality), QUALITY, QUALITY_END)
-    if new == text:
-        return 0
-    if options.check:
-        print("README.md does not show what bench/results/ holds; run `make report`.", file=sys.stderr)
-        return 1
-    options.readme.write_text(new, encoding="utf-8")
-    return 0
+    wrong = 0
+    for page, sections in PAGES.items():
+        path = options.folder / page
+        text = new = path.read_text(encoding="utf-8")
+        for name, render_section in sections.items():
+            new = updated(page, new, name, render_section(options.folder / "bench" / "results"))
+        if new == text:
+            continue
+        wrong += 1
+        if options.check:
+            print(f"{page} does not show what bench/results/ holds; run `make report`.", file=sys.stderr)
+        else:
+            path.write_text(new, encoding="utf-8")
+    return int(options.check and wrong > 0)
 
 
 if __name__ == "__main__":

@@ -83,20 +83,28 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
 class TestReport:
     @pytest.fixture
     def readme(self, tmp_path):
-        path = tmp_path / "README.md"
-        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-        (tmp_path / "results").mkdir()
-        return path
+        for page, names in report.PAGES.items():
+            (tmp_path / page).write_text(
+                "\n".join(["before", *(report.marked(name, "old") for name in names), "after\n"])
+            )
+        (tmp_path / "bench" / "results").mkdir(parents=True)
+        return tmp_path / "README.md"
+
+    def results(self, readme):
+        return readme.parent / "bench" / "results"
 
     def run(self, readme, *options) -> int:
-        return report.main(["--readme", str(readme), "--results", str(readme.parent / "results"), *options])
+        return report.main(["--folder", str(readme.parent), *options])
 
     def test_without_results_of_a_gpu_it_says_so(self, readme):
         # A run on a CPU, and a file of another shape.
-        Results({**HEADER, "gpu": None}, readme.parent / "results" / "cpu.json").add(some_records())
-        (readme.parent / "results" / "demo.json").write_text('{"loss_before": 1}')
+        Results({**HEADER, "gpu": None}, self.results(readme) / "cpu.json").add(some_records())
+        (self.results(readme) / "demo.json").write_text('{"loss_before": 1}')
         assert self.run(readme) == 0
-        assert readme.read_text() == f"before\n{report.BEGIN}\n{report.NOTHING}\n{report.END}\nafter\n"
+        begin = f"before\n<!-- bench: begin -->\n{report.NOTHING}\n<!-- bench: end -->\n"
+        assert (
+            readme.read_text() == begin + "<!-- quality: begin -->\nNot measured yet.\n<!-- quality: end -->\nafter\n"
+        )
 
     def test_a_table_of_quality_has_mean_and_spread_of_each_method(self, readme):
         runs = [
@@ -113,17 +121,14 @@ class TestReport:
         ]
         quality = {"model": "m==1", "texts": "t==2", "held_out": 1000, "steps": 8, "batch": 4, "positive": 0.5}
         content = {"quality": quality, "environment": HEADER, "runs": runs}
-        (readme.parent / "results" / "quality.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="quality: begin"):
-            self.run(readme)
-        readme.write_text(f"{readme.read_text()}\n{report.QUALITY}\n{report.QUALITY_END}\n")
+        (self.results(readme) / "quality.json").write_text(json.dumps(content))
         assert self.run(readme) == 0
         assert "| VeRA | PEFT | 0.790 | 0.750 to 0.820 | 1,234 | 56,789 |" in readme.read_text()
         assert "mean over 3 seeds, after 8 steps of 4 texts: `m==1`" in readme.read_text()
         assert self.run(readme, "--check") == 0
 
     def test_check_fails_until_the_report_is_made_and_changes_nothing(self, readme, capsys):
-        Results(HEADER, readme.parent / "results" / "block.json").add(some_records())
+        Results(HEADER, self.results(readme) / "block.json").add(some_records())
         before = readme.read_text()
         assert self.run(readme, "--check") == 1
         assert "run `make report`" in capsys.readouterr().err
@@ -140,7 +145,7 @@ class TestReport:
 
     def test_a_dirty_commit_and_a_case_that_failed_whole_are_shown(self, readme):
         failed = Record("block", "large", 1, "bf16", "vera", "all", "fwd", status="failed", reason="no memory")
-        results = Results({**HEADER, "commit": "0123456789abcdef-dirty"}, readme.parent / "results" / "block.json")
+        results = Results({**HEADER, "commit": "0123456789abcdef-dirty"}, self.results(readme) / "block.json")
         results.add([failed])
         assert self.run(readme) == 0
         assert "commit 0123456789ab-dirty," in readme.read_text()
@@ -151,7 +156,31 @@ class TestReport:
         with pytest.raises(ValueError, match="must have one line"):
             self.run(readme)
 
-    def test_the_readme_of_this_checkout_is_up_to_date(self):
+    def test_contributing_has_the_forecast_as_such_and_the_hosts_times(self, readme, capsys):
+        made = {
+            "cpu": "a CPU",
+            "python": "3",
+            "torch": "2",
+            "triton": "3",
+            "peft": "0",
+            "commit": "a" * 40,
+            "date": "2026",
+        }
+        row = {"method": "vblora", "r": 4, "tokens": 4096, "side": "backward"}
+        blocks = [row | {"ratio": 1.161, "hidden": 1.124, "floors": 1.083}]
+        (self.results(readme) / "forecast.json").write_text(json.dumps({"made_by": made, "blocks": blocks}))
+        times = {"vera: layer": {"forward": 104.4, "forward and backward": 254.6}}
+        (self.results(readme) / "host.json").write_text(json.dumps({"made_by": made, "times": times}))
+        assert self.run(readme, "--check") == 1
+        assert "CONTRIBUTING.md does not show" in capsys.readouterr().err
+        assert self.run(readme) == 0
+        assert self.run(readme, "--check") == 0
+        text = (readme.parent / "CONTRIBUTING.md").read_text()
+        assert "A forecast, and no measurement; torch 2, triton 3, commit aaaaaaaaaaaa, 2026." in text
+        assert "| vblora | 4 | 4,096 | backward | 1.16 | 1.12 | 1.08 |" in text
+        assert "| vera: layer | 104 | 255 |" in text
+
+    def test_the_pages_of_this_checkout_are_up_to_date(self):
         assert report.main(["--check"]) == 0
 
 
