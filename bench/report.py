@@ -119,8 +119,8 @@ def render_forecast(folder: Path) -> str:
     lines = [
         f"A forecast, and no measurement; torch {made['torch']}, triton {made['triton']}, commit "
         f"{_commit(made['commit'])}, {made['date'][:10]}. A block of Llama-2-7B in bf16, its time over that of the "
-        "frozen base alone; and where the base's product hides its read of what our kernels wrote; and if every launch took "
-        "the floor of its bytes.",
+        "frozen base alone; and where the base's product hides its read of what our kernels wrote; and if every launch "
+        "took the floor of its bytes.",
         "",
         "| method | r | tokens | side | ratio | read hidden | floors |",
         "|---|--:|--:|---|--:|--:|--:|",
