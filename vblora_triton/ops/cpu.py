@@ -25,6 +25,7 @@ from vblora_triton.ops.register import first_derivative_only
 from vblora_triton.ops.shared_input import HANDS_ON, writable
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_embedding_backward = torch.ops.aten.embedding_dense_backward.default
 
 
 @cache
@@ -260,10 +261,11 @@ def _mixing_grads(d_vectors: Tensor, indices: Tensor, weights: Tensor, bank: Ten
     """
     d_mixed = _as(d_vectors, _widest(weights.dtype, bank.dtype)).unsqueeze(2)
     d_weights = _as((d_mixed * F.embedding(indices, bank)).sum(-1), weights.dtype)
-    d_bank = _as(d_mixed * weights.unsqueeze(3), bank.dtype).view(-1, bank.shape[1])
+    d_rows = _as(d_mixed * weights.unsqueeze(3), bank.dtype).view(-1, bank.shape[1])
     return (
         torch._softmax_backward_data(d_weights, weights, -1, weights.dtype),
-        d_bank.new_zeros(bank.shape).index_add_(0, indices.view(-1), d_bank),
+        # As index_add_, which wakes other threads up for each few rows.
+        _embedding_backward(d_rows, indices.view(-1), bank.shape[0], -1, False),
     )
 
 
