@@ -24,7 +24,7 @@ from vblora_triton import ops
 from vblora_triton.integrations import topk_refusal
 from vblora_triton.ops.dispatch import check_backend
 from vblora_triton.ops.reference import frozen_product
-from vblora_triton.tuner.linear import frozen_linear
+from vblora_triton.tuner.linear import frozen_linear, held
 
 # The sources that the functions below stand for, by `_digest`: those of these versions of peft, all that are between.
 KNOWN_PEFT = "0.19.0 to 0.21.2"
@@ -312,21 +312,25 @@ def _forward(kind: _LayerKind, layer: Any, x: Tensor, args: Any, kwargs: Any, ba
     if layer.disable_adapters and merged:
         layer.unmerge()
     adapters = [] if layer.disable_adapters or merged else layer.active_adapters
-    adapters = [adapter for adapter in adapters if adapter in getattr(layer, kind.adapters)]
-    base = frozen_linear(layer.base_layer, x) if adapters and not (args or kwargs) else None
-    result: Any = layer.base_layer(x, *args, **kwargs) if base is None else base
+    # nn.Module's attributes are found by a longer way, which few rows notice.
+    own, base_layer = layer._modules[kind.adapters], layer._modules["base_layer"]
+    adapters = [adapter for adapter in adapters if adapter in own]
+    base = frozen_linear(base_layer, x) if adapters and not (args or kwargs) else None
+    result: Any = base_layer(x, *args, **kwargs) if base is None else base
     for adapter in adapters:
         result = kind.add_update(layer, adapter, x, result, backend)
-    return result.to(x.dtype)
+    return result if result.dtype == x.dtype else result.to(x.dtype)
 
 
 def _add_vblora(layer: Any, adapter: str, x: Tensor, base: _Base, backend: str) -> Tensor:
-    logits_A, logits_B = layer.vblora_logits_A[adapter], layer.vblora_logits_B[adapter]
+    own = layer._modules
+    logits_A, logits_B = held(own["vblora_logits_A"], adapter), held(own["vblora_logits_B"], adapter)
     if layer.training:
         topk_refusal.refuse(layer, adapter)
     # Of a model that is spread over devices, the one bank is elsewhere for some layers.
-    bank = layer.vblora_vector_bank[adapter].to(logits_A.device)
-    x, base, dropout = _dropped(layer.vblora_dropout[adapter], x, base)
+    bank = layer.vblora_vector_bank[adapter]
+    bank = bank if bank.device == logits_A.device else bank.to(logits_A.device)
+    x, base, dropout = _dropped(own["vblora_dropout"][adapter], x, base)
     return ops.vblora_linear(x, base, logits_A, logits_B, bank, layer.topk[adapter], backend=backend, **dropout)
 
 

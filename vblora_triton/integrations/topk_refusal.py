@@ -26,7 +26,11 @@ _hooks: list[Any] = []
 
 def refuse(layer: Any, adapter: str) -> None:
     """Let PEFT look at an adapter's logits, and raise its RuntimeError, if they may have changed."""
-    if not torch.compiler.is_compiling() or not _is_trainable_in_graphs(layer.vblora_logits_A[adapter]):
+    logits = layer.vblora_logits_A[adapter]
+    if torch.compiler.is_compiling():
+        if not _is_trainable_in_graphs(logits):
+            _look(layer, adapter)
+    elif not _is_known(logits):
         _look(layer, adapter)
 
 
@@ -38,17 +42,19 @@ def forget() -> None:
         _hooks.pop().remove()
 
 
+def _is_known(logits: Tensor) -> bool:
+    found = _looked_at.get(logits)
+    return found is not None and found.holds(logits) and is_plain(logits)
+
+
 # Of infinite logits the graph is left for the error, as it is for PEFT's. This is torch.compiler.disable, but for
 # importing the compiler at once.
 @_disable_dynamo
 def _look(layer: Any, adapter: str) -> None:
     logits = layer.vblora_logits_A[adapter]
-    known = is_plain(logits) and not logits.is_inference()
-    if known and logits in _looked_at and _looked_at[logits].holds(logits):
-        return
     with torch.no_grad():
         layer._get_lora_matrices(adapter)
-    if known:
+    if is_plain(logits) and not logits.is_inference():
         _remember(logits)
 
 
