@@ -29,6 +29,7 @@ LINEARS = {
 L2 = 5.5e12
 # Method, rank and tokens of the blocks that are forecast where the options name none.
 BLOCKS = (
+    ("vblora", 4, 1),
     ("vblora", 4, 256),
     ("vblora", 4, 4096),
     ("vera", 256, 256),
@@ -84,18 +85,20 @@ def block(rows: list[dict[str, Any]], rates: predict.Rates) -> dict[str, Any]:
     for row in rows:
         if not row.get("beside"):
             kernels[row["kernel"]] = kernels.get(row["kernel"], 0.0) + row["count"] * row["us"]
-    beside: dict[tuple[str, int], float] = {}
+    # Of each unit, and there are so many of them.
+    beside: dict[tuple[str, int, int], float] = {}
     for row in rows:
         if row.get("beside"):
-            key = row["linear"], row["beside"]
-            beside[key] = beside.get(key, 0.0) + row["count"] * row["us"]
-    for (name, _), us in beside.items():
-        longer = us - base_time(LINEARS[name][:1], M, chip) * 1e6
+            key = row["linear"], row["beside"], row["count"]
+            beside[key] = beside.get(key, 0.0) + row["us"]
+    for (name, _, count), us in beside.items():
+        longer = count * (us - base_time(LINEARS[name][:1], M, chip) * 1e6)
         if longer > 0:
             kernels["longer than the product beside"] = kernels.get("longer than the product beside", 0.0) + longer
     hidden = 1 + sum(kernels.values()) / base
     # Where kernels run beside a product, it is the first of those that read one x, and they add to it.
-    after = [shape for name in linears for shape in [LINEARS[name][0]] * (LINEARS[name][1] - ((name, 1) in beside))]
+    first_ones = {name: count for name, number, count in beside if number == 1}
+    after = [shape for name in linears for shape in [LINEARS[name][0]] * (LINEARS[name][1] - first_ones.get(name, 0))]
     if after:
         written = sum(shape[1 if first["side"] == "forward" else 0] for shape in after)
         kernels["the base product's read of what was written"] = (
@@ -152,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(prog="python -m tools.forecast", description=__doc__)
     made.add_argument("--method", choices=("vblora", "vera"), help="default: both")
-    made.add_argument("--tokens", type=int, nargs="+", help="default: 256 and 4096 for vblora, 4096 for vera")
+    made.add_argument("--tokens", type=int, nargs="+", help="default: those that are committed")
     made.add_argument("--r", type=int, help="default: 4 for vblora, 256 for vera")
     made.add_argument("--vectors", type=int, default=256, help="of VB-LoRA's bank, each of 256 elements")
     made.add_argument("--dropout", type=float, default=0.0)
