@@ -79,8 +79,6 @@ class Differentiable(Operator):
         has_base: bool,
         overlaps: bool = False,
     ) -> None:
-        product_beside = overlap.product_beside if overlaps else _after
-
         def whole(*args: Any) -> tuple[Tensor, ...]:
             y = allocate(*args)
             return y, *forward(y, *args)
@@ -88,6 +86,18 @@ class Differentiable(Operator):
         def whole_fake(*args: Any) -> tuple[Tensor, ...]:
             y = allocate(*args)
             return y, *fake(y, *args)
+
+        results = f"(Tensor y, {results})" if results else "Tensor[]"
+        self.fwd, self.bwd = Operator(f"{name}_fwd", arguments, results, whole, whole_fake), backward
+        super().__init__(name, arguments, "Tensor", lambda *args: self.fwd.operator(*args)[0], allocate)
+        _library.impl(name, self._autograd, "Autograd")
+        self._name, self._gradients, self._has_base = name, gradients, has_base
+        self._product_beside = overlap.product_beside if overlaps else _after
+        self._function = self._make_function(allocate, forward, saved)
+        self.unobserved, self._forward = self._function.apply, partial(self._function.forward, None)
+
+    def _make_function(self, allocate: Callable, forward: Callable, saved: Callable) -> type[torch.autograd.Function]:
+        run, has_base, product_beside = forward, self._has_base, self._product_beside
 
         class Function(torch.autograd.Function):
             linear_in = 2 if has_base else 0
@@ -103,14 +113,14 @@ class Differentiable(Operator):
                         y = allocate(x, None, *rest)
                         with product_beside(rows_of(x), weight.T, bias) as product:
                             base = product or (None if bias is None else bias.expand(y.shape))
-                            kept = forward(y, x, base, *rest)
+                            kept = run(y, x, base, *rest)
                         if product is None:
                             rows_of(y).addmm_(rows_of(x), weight.T)
                     elif modes.is_plain(*_tensors(args)):
                         y = allocate(*args)
-                        kept = forward(y, *args)
+                        kept = run(y, *args)
                     else:
-                        y, *kept = fwd.operator(*args)
+                        y, *kept = self.fwd.operator(*args)
                 if ctx is not None:
                     tensors, ctx.others = saved(kept, *args)
                     ctx.again = again
@@ -123,57 +133,58 @@ class Differentiable(Operator):
             @staticmethod
             @first_derivative_only
             def backward(ctx, dy, dx=None):
-                if dy is None:
-                    # Of a layer whose result nobody used; others read the x that it handed on.
-                    return dx, *[None] * (len(ctx.needs_input_grad) - 1)
-                refuse_batches(name, dy)
-                needs = [position is not None and ctx.needs_input_grad[position] for position in gradients]
-                grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-                if any(needs):
-                    # Before autograd is left: checkpointing computes them again here, and records that.
-                    weight, *tensors = ctx.saved_tensors
-                    run, received = backward.on(dy, *tensors), dx if needs[0] else None
-                    # An operator that somebody observes writes to nothing that it is given.
-                    into = [] if received is None or run is backward.operator else [writable(received)]
-                    arguments = (dy, *tensors, *ctx.others, needs)
-                    with modes.below_autograd():
-                        if ctx.again is not None and needs[0]:
-                            weight = ctx.again()
-                        if weight is None or not needs[0]:
-                            found = run(*arguments, *into)
-                        else:
-                            beside = _after if run is backward.operator else product_beside
-                            with beside(rows_of(dy), weight, rows_of(into[0]) if into else None) as product:
-                                found = run(*arguments, *into, **({"product": product} if product else {}))
-                            if product is None:
-                                rows_of(found[0]).addmm_(rows_of(dy), weight)
-                        if received is not None and not into:
-                            found[0].add_(received)
-                    wanted = (position for position, need in zip(gradients, needs, strict=True) if need)
-                    for position, grad in zip(wanted, found, strict=True):
-                        grads[position] = grad  # type: ignore[index]
-                if has_base and ctx.needs_input_grad[1]:
-                    grads[1] = dy
-                return tuple(grads)
+                return self._backward(ctx, dy, dx)
 
-        def autograd(*args: Any) -> Tensor:
-            if forward_ad._current_level >= 0 and any(
-                isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
-            ):
-                raise NotImplementedError(f"{name} has no forward-mode derivative in Triton; use backend='reference'.")
-            if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-                return Function.apply(*args)
-            with modes.below_autograd():
-                return fwd.operator(*args)[0]
-
-        results = f"(Tensor y, {results})" if results else "Tensor[]"
         # As profilers and autograd's graph show it.
-        Function.__name__ = Function.__qualname__ = name
-        fwd = Operator(f"{name}_fwd", arguments, results, whole, whole_fake)
-        super().__init__(name, arguments, "Tensor", lambda *args: fwd.operator(*args)[0], allocate)
-        _library.impl(name, autograd, "Autograd")
-        self.fwd, self.bwd = fwd, backward
-        self.unobserved, self._forward = Function.apply, partial(Function.forward, None)
+        Function.__name__ = Function.__qualname__ = self._name
+        return Function
+
+    def _backward(self, ctx: Any, dy: Tensor | None, others_dx: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if dy is None:
+            # Of a layer whose result nobody used; others read the x that it handed on.
+            return others_dx, *grads[1:]
+        refuse_batches(self._name, dy)
+        needs = [position is not None and ctx.needs_input_grad[position] for position in self._gradients]
+        if any(needs):
+            # Before autograd is left: checkpointing computes them again here, and records that.
+            weight, *tensors = ctx.saved_tensors
+            run, received = self.bwd.on(dy, *tensors), others_dx if needs[0] else None
+            is_observed = run is self.bwd.operator
+            # An operator that somebody observes writes to nothing that it is given.
+            into = [] if received is None or is_observed else [writable(received)]
+            arguments = (dy, *tensors, *ctx.others, needs)
+            with modes.below_autograd():
+                if ctx.again is not None and needs[0]:
+                    weight = ctx.again()
+                if weight is None or not needs[0]:
+                    found = run(*arguments, *into)
+                else:
+                    beside = _after if is_observed else self._product_beside
+                    with beside(rows_of(dy), weight, rows_of(into[0]) if into else None) as product:
+                        found = run(*arguments, *into, **({"product": product} if product else {}))
+                    if product is None:
+                        rows_of(found[0]).addmm_(rows_of(dy), weight)
+                if received is not None and not into:
+                    found[0].add_(received)
+            wanted = (position for position, need in zip(self._gradients, needs, strict=True) if need)
+            for position, grad in zip(wanted, found, strict=True):
+                grads[position] = grad  # type: ignore[index]
+        if self._has_base and ctx.needs_input_grad[1]:
+            grads[1] = dy
+        return tuple(grads)
+
+    def _autograd(self, *args: Any) -> Tensor:
+        if forward_ad._current_level >= 0 and any(
+            isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+        ):
+            raise NotImplementedError(
+                f"{self._name} has no forward-mode derivative in Triton; use backend='reference'."
+            )
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return self._function.apply(*args)
+        with modes.below_autograd():
+            return self.fwd.operator(*args)[0]
 
     def on(self, *tensors: Tensor | None) -> Callable:
         """Return what to call on these, as `Operator.on` does; where no gradients are recorded, forward alone."""
