@@ -1,13 +1,14 @@
 """Put the tables into README.md and CONTRIBUTING.md: `make report`; `--check` says whether they are up to date.
 
 Between two markers stands what files of bench/results/ hold, and nothing else: in the README what runs on a GPU
-measured, and quality.json; in CONTRIBUTING.md forecast.json, which was not measured, and host.json.
+measured, cpu.json and quality.json; in CONTRIBUTING.md forecast.json, which was not measured, and host.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from bench.table import by_case, number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+METHODS = {"vblora": "VB-LoRA", "vera": "VeRA"}
 # README shows these; the files have the rest.
 # "all" is a case that failed as a whole.
 SHOWN = ("all", "base", "ours", "ours_graph", "ours_compiled", "peft", "peft_compiled", "peft_patched", "lora_r32")
@@ -79,6 +81,39 @@ def render(folder: Path = RESULTS) -> str:
         f"![{path.stem}]({path.relative_to(folder.parents[1]).as_posix()})" for path in sorted(folder.glob("*.png"))
     ]
     return "\n\n".join([*blocks, *pictures])
+
+
+# Directions of a CPU's layers, and how the table calls them.
+CPU_COLUMNS = {"fwd": "eval", "fwd_grad": "forward", "bwd": "backward"}
+
+
+def render_cpu(folder: Path) -> str:
+    """The table of our times over PEFT's on a CPU, from the file that `bench layer model` wrote there."""
+    if not (folder / "cpu.json").is_file():
+        return "Not measured yet."
+    header, records = load(folder / "cpu.json")
+    ours = [r for r in records if r.provider == "ours" and r.status == "ok"]
+    rows: dict[tuple[str, int, int], dict[tuple[str, str], str]] = {}
+    for r in ours:
+        size = re.fullmatch(r"square_(\d+)-.*-t(\d+)", r.case)
+        if size and r.suite == "cpu_layer":
+            row = rows.setdefault((size[1], int(size[2]), r.M), {})
+            row[r.method, r.direction] = number(r.ratio_to_peft, 2)
+    columns = [(method, direction) for method in ("vblora", "vera") for direction in CPU_COLUMNS]
+    titles = " | ".join(f"{METHODS[method]} {CPU_COLUMNS[direction]}" for method, direction in columns)
+    steps = ", ".join(f"{METHODS[r.method]} {number(r.ratio_to_peft, 2)}" for r in ours if r.suite == "cpu_model")
+    lines = [
+        f"Without a GPU: our time over PEFT's, float32, measured in one run; {header['cpu']}, torch {header['torch']}, "
+        f"peft {header['peft']}, commit {_commit(header['commit'])}, {header['date'][:10]}. "
+        f"A training step of a small Llama: {steps or 'not measured'}. One linear layer:",
+        "",
+        f"| layer | threads | tokens | {titles} |",
+        "|---" + "|--:" * (len(columns) + 2) + "|",
+    ]
+    for (size, threads, M), row in rows.items():
+        found = " | ".join(row.get(column, "") for column in columns)
+        lines.append(f"| {size} x {size} | {threads} | {M:,} | {found} |")
+    return "\n".join(lines)
 
 
 def render_quality(folder: Path) -> str:
@@ -155,7 +190,7 @@ def _content(path: Path) -> dict[str, Any] | None:
 
 # Of each page the names in its markers, and what makes the text between them of the folder of results.
 PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"bench": render, "quality": render_quality},
+    "README.md": {"bench": render, "cpu": render_cpu, "quality": render_quality},
     "CONTRIBUTING.md": {"forecast": render_forecast, "host": render_host},
 }
 

@@ -98,13 +98,12 @@ class TestReport:
 
     def test_without_results_of_a_gpu_it_says_so(self, readme):
         # A run on a CPU, and a file of another shape.
-        Results({**HEADER, "gpu": None}, self.results(readme) / "cpu.json").add(some_records())
+        Results({**HEADER, "gpu": None, "cpu": "a CPU"}, self.results(readme) / "cpu.json").add(some_records())
         (self.results(readme) / "demo.json").write_text('{"loss_before": 1}')
         assert self.run(readme) == 0
-        begin = f"before\n<!-- bench: begin -->\n{report.NOTHING}\n<!-- bench: end -->\n"
-        assert (
-            readme.read_text() == begin + "<!-- quality: begin -->\nNot measured yet.\n<!-- quality: end -->\nafter\n"
-        )
+        text = readme.read_text()
+        assert text.startswith(f"before\n{report.marked('bench', report.NOTHING)}\n<!-- cpu: begin -->\n")
+        assert text.endswith(f"\n<!-- cpu: end -->\n{report.marked('quality', 'Not measured yet.')}\nafter\n")
 
     def test_a_table_of_quality_has_mean_and_spread_of_each_method(self, readme):
         runs = [
@@ -155,6 +154,23 @@ class TestReport:
         readme.write_text("no markers")
         with pytest.raises(ValueError, match="must have one line"):
             self.run(readme)
+
+    def test_layers_on_a_cpu_have_their_ratios_to_peft_and_steps_theirs(self, readme):
+        def record(suite, case, M, method, direction, ratio, provider="ours"):
+            return Record(suite, case, M, "fp32", method, provider, direction, median_ms=1.0, ratio_to_peft=ratio)
+
+        records = [
+            record("cpu_layer", "square_384-r4-h256-t1", 16, "vblora", "fwd", 0.932),
+            record("cpu_layer", "square_384-r4-h256-t1", 16, "vblora", "fwd_grad", 0.7, provider="base"),
+            record("cpu_layer", "square_384-r4-h256-t1", 16, "vblora", "bwd", 0.839),
+            record("cpu_layer", "square_384-r256-t1", 16, "vera", "fwd", 0.879),
+            record("cpu_layer", "square_1024-r4-h2048", 512, "vblora", "fwd_bwd", 0.5),
+            record("cpu_model", "small-r4-h256", 256, "vblora", "step", 0.81),
+        ]
+        Results({**HEADER, "gpu": None, "cpu": "a CPU"}, self.results(readme) / "cpu.json").add(records)
+        assert self.run(readme) == 0
+        assert "| 384 x 384 | 1 | 16 | 0.93 |  | 0.84 | 0.88 |  |  |\n<!-- cpu: end -->" in readme.read_text()
+        assert "A training step of a small Llama: VB-LoRA 0.81. " in readme.read_text()
 
     def test_contributing_has_the_forecast_as_such_and_the_hosts_times(self, readme, capsys):
         made = {
