@@ -18,7 +18,7 @@ def matmul(
         left, right: (M, K) and (K, N), any strides, in one dtype.
         out: (M, N), written; in the dtype of the operands, or in fp32, which takes no alpha from 16 bits. Without it
             the result is made in fp32.
-        base: (M, N) or (N), in the dtype of `out`, or None; may be `out` itself.
+        base: (M, N) or (N), in the dtype of `out` or of the operands, or None; may be `out` itself.
     """
     if out is None:
         out = torch.empty((left.shape[0], right.shape[1]), dtype=torch.float32, device=left.device)
@@ -26,6 +26,9 @@ def matmul(
         # There PyTorch has no fp32 result of 16-bit operands. Their products are exact in fp32.
         product = (left.float() @ right.float()).mul_(alpha)
         return out.copy_(product if base is None else product.add_(base))
+    if left.dtype == torch.float16 != out.dtype and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        # Sums in fp16 are allowed, and fp32 results are refused.
+        left, right, base = left.float(), right.float(), None if base is None else base.float()
     if out.dtype == left.dtype:
         return torch.addmm(out if base is None else base, left, right, beta=int(base is not None), alpha=alpha, out=out)
     if base is None:

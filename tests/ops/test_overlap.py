@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import DEVICE
-from tests.ops.linear_case import in_float64
+from tests.ops.linear_case import LinearCase, in_float64
 from tests.ops.test_frozen_linear import METHODS, defined, layer_of, run, widened
 from tests.tolerance import relative_error
 from vblora_triton import ops
+from vblora_triton.kernels.matmul import matmul
 from vblora_triton.ops import overlap
 
 
@@ -30,6 +33,44 @@ def test_the_product_comes_first_up_to_512_rows():
     for rows, first in ((0, False), (1, True), (512, True), (513, False)):
         with overlap.product_beside(torch.randn(rows, 8, device=DEVICE), weight, None) as product:
             assert (product is not None) == first
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize(("K", "N"), [(0, 96), (96, 0)])
+def test_layers_without_features_give_their_bias(K, N, batch):
+    case = LinearCase(batch=batch, K=K, N=N, base=False)
+    tensors, bias = case.tensors(), torch.randn(N, device=DEVICE)
+    base = ops.FrozenLinear(torch.empty(N, K, device=DEVICE), bias)
+    y, *grads = run(ops.vblora_linear, "vblora", case, tensors, base, backend="triton")
+    assert torch.equal(y, bias.expand(*batch, N))
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.fixture
+def sums_in_fp16():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
+    yield
+    matmul.allow_fp16_accumulation = before
+
+
+@pytest.mark.usefixtures("sums_in_fp16")
+@pytest.mark.parametrize(("dtype", "asks"), [(torch.float16, False), (torch.bfloat16, True)], ids=str)
+def test_cublas_is_not_asked_for_fp32_where_it_may_add_up_in_fp16_which_it_refuses(dtype, asks):
+    asked = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "out" in func._schema.overload_name:
+                asked.append(func)
+                return kwargs["out"]
+            return func(*args, **kwargs or {})
+
+    with FakeTensorMode(), Calls():
+        assert matmul(*(torch.empty(shape, dtype=dtype, device="cuda") for shape in ((5, 8), (8, 6)))).shape == (5, 6)
+    assert asked == [torch.ops.aten.mm.dtype_out if asks else torch.ops.aten.addmm.out]
+    with overlap.product_beside(*(torch.randn(n, 8, device=DEVICE, dtype=dtype) for n in (5, 8)), None) as product:
+        assert (product is not None) == asks
 
 
 def test_the_product_is_added_in_place_to_what_others_found():

@@ -34,7 +34,9 @@ def product_beside(
 ) -> AbstractContextManager[Callable[[], Tensor] | None]:
     """Compute left right beside what is launched inside the context, up to the call of what it gives, which returns it.
 
-    That must be called. It is None for many rows, where whoever asks adds the product to what the kernels wrote.
+    That must be called. It is None, and whoever asks adds the product to what the kernels wrote, for many rows, where
+    there is nothing to multiply, and for sums in fp16 (`torch.backends.cuda.matmul.allow_fp16_accumulation`), of which
+    cuBLAS gives no fp32.
 
     Args:
         left, right: (M, K) and (K, N), in one dtype.
@@ -42,7 +44,11 @@ def product_beside(
     Returns:
         (M, N) in fp32, or `added` itself.
     """
-    if not 0 < left.shape[0] <= ROWS:
+    if (
+        left.shape[0] > ROWS
+        or not (left.numel() and right.numel())
+        or (left.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
+    ):
         return _after
     product = partial(_product, left, right, added)
     if left.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -214,21 +214,16 @@ def _products(
     """Write y = base + dropout(x) A^T B^T; return s. A: its terms, or None where they are not kept."""
     kernels, (indices_A, weights_A, indices_B, weights_B) = launchers(), selection
     s = kernels.launch_shrink_fwd(rows_of(x), A, bank, indices_A, weights_A, r, kernels.Dropout.of(dropout_p, seed))
-    found = _result(base)
+    found = base() if callable(base) else base
     base_rows = None if found is None else rows_of(found)
     return kernels.launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, rows_of(y))
 
 
-def _result(base: Base) -> Tensor | None:
-    return base() if callable(base) else base
-
-
-def _write_base(y: Tensor, base: Base) -> None:
-    found = _result(base)
-    if found is None:
+def _write_base(y: Tensor, base: Any) -> None:
+    if base is None:
         y.zero_()
     else:
-        y.copy_(found)
+        y.copy_(base)
 
 
 def _linear_saved(kept: Any, x: Tensor, base: Any, logits_A: Tensor, logits_B: Tensor, *rest: Any) -> Any:
