@@ -136,6 +136,29 @@ def test_a_failure_beside_the_product_leaves_the_stream(monkeypatch):
     assert streams.current is first
 
 
+@pytest.mark.parametrize(
+    ("device", "capturing", "allocator", "forks"),
+    [
+        ("cuda:1", True, "native", True),
+        ("cuda:1", False, "native", False),
+        ("cuda:0", True, "native", False),
+        ("cuda:1", True, "cudaMallocAsync", False),
+        ("cpu", True, "native", False),
+    ],
+)
+def test_it_forks_in_a_graph_of_the_devices_own_and_in_memory_that_knows_streams(
+    monkeypatch, device, capturing, allocator, forks
+):
+    cuda = SimpleNamespace(
+        current_device=lambda: 1,
+        is_current_stream_capturing=lambda: capturing,
+        get_allocator_backend=lambda: allocator,
+    )
+    device = torch.device(device)
+    monkeypatch.setattr(overlap, "torch", SimpleNamespace(cuda=cuda))
+    assert overlap._may_fork(device) == forks
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
 @pytest.mark.parametrize("M", [1, 16, 130, 512])
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -51,9 +51,23 @@ def product_beside(
     ):
         return _after
     product = partial(_product, left, right, added)
-    if left.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _may_fork(left.device):
         return _forked(left.device, product)
     return nullcontext(product)
+
+
+def _may_fork(device: torch.device) -> bool:
+    """Say whether a graph is captured on this device's stream, in memory that is used again in the order of streams.
+
+    So PyTorch's own allocator does; CUDA's gives back what one stream was given without a look at another one's use.
+    """
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_current_stream_capturing()
+        # That asked the current device.
+        and torch.cuda.current_device() == device.index
+        and torch.cuda.get_allocator_backend() == "native"
+    )
 
 
 def _product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
