@@ -168,9 +168,15 @@ def _expand_bwd_kernel(
 
 
 def launch_expand_fwd(
-    s: Tensor, base: Tensor | None, vector_bank: Tensor, indices: Tensor, weights: Tensor, y: Tensor
+    s: Tensor,
+    base: Tensor | None,
+    vector_bank: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """y = base + s B^T.
+    """y = base + bias + s B^T.
 
     Args:
         s: (partials, M, r) fp32, its columns contiguous, of `shrink.launch_shrink_fwd`.
@@ -179,20 +185,21 @@ def launch_expand_fwd(
         indices, weights: (..., topk), int32 and fp32, contiguous: the selection of B's rows, N/vector_length * r of
             them.
         y: (M, N), written; may be `base` itself.
+        bias: (N), or None.
     Returns:
         The sum of the partials of s, (M, r) fp32, its columns contiguous.
     """
     (partials, M, r), N = s.shape, y.shape[1]
     total = torch.empty((M, r), dtype=torch.float32, device=s.device) if partials > 1 else None
-    is_bias = base is not None and base.stride() == (0, 1)
-    bias, base = (base, None) if is_bias else (None, base)
+    if bias is None and base is not None and base.stride() == (0, 1):
+        base, bias = None, base[0]
     config = tuning.expand_fwd(M, N, y.dtype, r, base is not None)
     launch(
         _expand_fwd_kernel,
         (tuning.cdiv(N, config["BLOCK_N"]), config.pop("PARTIALS")),
         S_ptr=s,
         Base_ptr=base,
-        Bias_ptr=bias,
+        Bias_ptr=bias if bias is None else bias.contiguous(),
         Bank_ptr=vector_bank,
         Idx_ptr=indices,
         W_ptr=weights,

@@ -133,7 +133,7 @@ def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int, adds: bool = False) -
         ahead, options["num_warps"] = 16, 8
     elif adds:
         # Of fp32 wider ones take most registers.
-        columns = min(columns, 64)
+        columns = min(columns, 64 if r <= 32 else 32)
     chunks = max(1, min(2 * PROGRAMS // cdiv(N, columns), cdiv(M, rows)))
     return {"AHEAD": ahead, "BLOCK_M": rows, "BLOCK_N": columns, **_shares(M, rows, chunks), **options, "num_stages": 1}
 

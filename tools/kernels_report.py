@@ -123,7 +123,9 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
     """Forward and backward of one adapted linear, and a composition, on meta tensors: every launch that ships."""
     passes = vblora_passes(K, N, M, h, dtype, k=k, p=p, **sizes)
     x, logits_A, _, bank = passes.given
-    first = [lambda: torch.empty(M, N, device="meta")] if M <= overlap.ROWS else []
+    first: list[Any] = []
+    if M <= overlap.ROWS:
+        first = [(lambda: torch.empty(M, N, device="meta"), bias) for bias in (None, x.new_empty(N))]
     for base in (*first, *bases(M, N, dtype)):
         found = passes.forward(base)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
@@ -182,6 +184,7 @@ def cases(names: list[str]) -> Iterator[dict]:
         {"r": 8},
         {"r": 16},
         {"r": 64},
+        {"r": 64, "M": 256},
         {"p": 0.1},
         {"b": 64, "k": 4},
     ):

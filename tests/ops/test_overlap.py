@@ -31,7 +31,7 @@ def test_y_and_dx_of_few_rows_are_rounded_once(dtype, bias):
 def test_the_product_comes_first_up_to_512_rows():
     weight = torch.randn(8, 6, device=DEVICE)
     for rows, first in ((0, False), (1, True), (512, True), (513, False)):
-        with overlap.product_beside(torch.randn(rows, 8, device=DEVICE), weight, None) as product:
+        with overlap.product_beside(torch.randn(rows, 8, device=DEVICE), weight) as product:
             assert (product is not None) == first
 
 
@@ -69,7 +69,7 @@ def test_cublas_is_not_asked_for_fp32_where_it_may_add_up_in_fp16_which_it_refus
     with FakeTensorMode(), Calls():
         assert matmul(*(torch.empty(shape, dtype=dtype, device="cuda") for shape in ((5, 8), (8, 6)))).shape == (5, 6)
     assert asked == [torch.ops.aten.mm.dtype_out if asks else torch.ops.aten.addmm.out]
-    with overlap.product_beside(*(torch.randn(n, 8, device=DEVICE, dtype=dtype) for n in (5, 8)), None) as product:
+    with overlap.product_beside(*(torch.randn(n, 8, device=DEVICE, dtype=dtype) for n in (5, 8))) as product:
         assert (product is not None) == asks
 
 

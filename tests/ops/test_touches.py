@@ -89,14 +89,16 @@ def test_each_pass_touches_activations_once_and_the_base_product_in_place(method
     assert set().union(*launched) <= {x_at, dy_at, dx_at}
 
 
-def test_of_few_rows_kernels_add_to_the_base_product_and_touch_activations_once():
+def test_of_few_rows_kernels_add_bias_and_update_to_the_base_product_and_touch_activations_once():
     adapted = layer("vblora", "triton", bias=True)
     x, dy = torch.randn(FEW, K, device=DEVICE, requires_grad=True), torch.randn(FEW, N, device=DEVICE)
     launched: list[list[int]] = []
+    biases = []
 
     def look(kernel, grid, arguments):
         memory = [t.untyped_storage() for t in arguments.values() if isinstance(t, torch.Tensor)]
         launched.append([storage.nbytes() for storage in memory if storage.nbytes() in (4 * FEW * K, 4 * FEW * N)])
+        biases.append(arguments.get("Bias_ptr"))
 
     with intercepted(look):
         y, forward = touching(lambda: adapted(x), (FEW, K), (FEW, N))
@@ -106,6 +108,8 @@ def test_of_few_rows_kernels_add_to_the_base_product_and_touch_activations_once(
     assert forward == backward == ["aten::addmm"]
     assert in_forward == [[4 * FEW * K], [4 * FEW * N] * 2]
     assert [sizes for sizes in launched if sizes] == [[4 * FEW * N], [4 * FEW * K] * 3]
+    # Of 16 bits cuBLAS has no fp32 result with a bias in it.
+    assert [bias is adapted.base_layer.bias for bias in biases if bias is not None] == [True]
 
 
 def test_layers_that_read_one_x_read_it_once_in_each_direction():

@@ -100,12 +100,14 @@ def collect(
         beside: dict[int, int] = {}
 
         @contextmanager
-        def beside_it(left: Tensor, right: Tensor, added: Tensor | None) -> Iterator[Callable[[], Tensor] | None]:
+        def beside_it(
+            left: Tensor, right: Tensor, added: Tensor | None = None
+        ) -> Iterator[Callable[[], Tensor] | None]:
             first = len(calls)
 
             def product() -> Tensor:
                 beside.update(dict.fromkeys(range(first, len(calls)), 1 + max(beside.values(), default=0)))
-                return added if added is not None and added.dim() == 2 else left.new_empty(M, right.shape[1], dtype=F32)
+                return left.new_empty(M, right.shape[1], dtype=F32) if added is None else added
 
             yield product if method == "vblora" and M <= overlap.ROWS else None
 
@@ -114,12 +116,12 @@ def collect(
             passes.project()
             launches("project", [given[0]], given)
             weight = given[0].new_empty(N, K)
-            with beside_it(given[0], weight.T, None) as product:
-                kept = passes.forward(product)
+            with beside_it(given[0], weight.T) as product:
+                kept = passes.forward(product and (product, None))
             # x and y; what forward keeps beside y was written just now.
             launches("forward", [given[0], *kept[:together]], [*given, *kept])
             found["forward"] = found["forward"][len(found["project"]) :]
-            with beside_it(kept[0], weight, None) as product:
+            with beside_it(kept[0], weight) as product:
                 grads = passes.backward(kept) if product is None else passes.backward(kept, None, product)
             # What forward kept has long left L2.
             launches("backward", [given[0], *kept, grads[0]], [*given, *kept, *grads])

@@ -3,12 +3,12 @@
 Of few rows neither product nor kernels fill the GPU, and most of what the kernels take is the way from one to the next.
 So what does not wait for the product goes to a second stream:
 
-    select, shrink                   |  y = bias + x W^T        then  y = y + s B^T
+    select, shrink                   |  y = x W^T               then  y = y + bias + s B^T
     ds = dy B, dB, sums of partials  |  dx = dy W               then  dx = dx + ds A, dA, the parameters' gradients
 
 A fork and a join cost the host more than they save, and are made only where a graph is captured. Outside of one the
 same kernels run one after the other: so they are compiled before a capture, and give the same bits. The product is kept
-in fp32 until the update is added.
+in fp32 until the update is added, unless it is added to the dx of other layers that read the same x.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _after: AbstractContextManager[None] = nullcontext()
 
 
 def product_beside(
-    left: Tensor, right: Tensor, added: Tensor | None
+    left: Tensor, right: Tensor, added: Tensor | None = None
 ) -> AbstractContextManager[Callable[[], Tensor] | None]:
     """Compute left right beside what is launched inside the context, up to the call of what it gives, which returns it.
 
@@ -40,7 +40,7 @@ def product_beside(
 
     Args:
         left, right: (M, K) and (K, N), in one dtype.
-        added: (N), or (M, N) in that dtype, to which the product is added in place; or None.
+        added: (M, N) in that dtype, to which the product is added in place; or None.
     Returns:
         (M, N) in fp32, or `added` itself.
     """
@@ -74,7 +74,7 @@ def _product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
     # Imported at the first call of an operator, as all kernels.
     from vblora_triton.kernels.matmul import matmul
 
-    return matmul(left, right, base=added) if added is None or added.dim() == 1 else added.addmm_(left, right)
+    return matmul(left, right) if added is None else added.addmm_(left, right)
 
 
 @contextmanager

@@ -60,8 +60,8 @@ class Differentiable(Operator):
             its gradient is dy. Where nobody observes it may be a FrozenLinear, whose product is then added in place,
             by cuBLAS with beta = 1, to y as forward has written it, bias + update, and to dx as backward has: no other
             tensor of the size of either exists, and nothing is rounded before the sum.
-        overlaps: of few rows the base's product is given to `forward` as base, and to `backward` as one more argument,
-            `product`: a callable, which they call once, as late as they can (`overlap`).
+        overlaps: of few rows the base's product is given to `forward` in the place of base, beside the bias, and to
+            `backward` as one more argument, `product`: a callable, called once, as late as it can be (`overlap`).
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Differentiable(Operator):
                         x, (weight, bias), *rest = args
                         again = args[1].again
                         y = allocate(x, None, *rest)
-                        with product_beside(rows_of(x), weight.T, bias) as product:
-                            base = product or (None if bias is None else bias.expand(y.shape))
+                        with product_beside(rows_of(x), weight.T) as product:
+                            base = (product, bias) if product else None if bias is None else bias.expand(y.shape)
                             kept = run(y, x, base, *rest)
                         if product is None:
                             rows_of(y).addmm_(rows_of(x), weight.T)

@@ -170,7 +170,7 @@ class Together(torch.autograd.Function):
         rows_A, rows_B = (_one_after_the_other(len(own) for own in side) for side in zip(*logits, strict=True))
         ranks = _one_after_the_other(layer.logits_A.shape[0] for layer in layers)
         ys, kept = [], []
-        first = product_beside(x_rows, layers[0].weight.T, layers[0].bias)
+        first = product_beside(x_rows, layers[0].weight.T)
         with modes.below_autograd(), on_device(x.device), first as product:
             bank = vector_bank.contiguous()
             indices_A, indices_B = (
@@ -186,11 +186,11 @@ class Together(torch.autograd.Function):
             for own, of_B, layer in zip(ranks, rows_B, layers, strict=True):
                 y = x.new_empty((*x.shape[:-1], layer.weight.shape[0]))
                 y_rows = rows_of(y)
-                base = None if layer.bias is None else layer.bias.expand(y_rows.shape)
-                comes_first, product = product, None
-                base = comes_first() if comes_first else base
-                own_s = kernels.launch_expand_fwd(s[..., own], base, bank, indices_B[of_B], weights_B[of_B], y_rows)
-                if not comes_first:
+                # The first layer's, where products come first.
+                base, product = product() if product else None, None
+                selection_B = indices_B[of_B], weights_B[of_B]
+                own_s = kernels.launch_expand_fwd(s[..., own], base, bank, *selection_B, y_rows, layer.bias)
+                if base is None:
                     y_rows.addmm_(x_rows, layer.weight.T)
                 ys.append(y)
                 kept += [layer.weight, own_s]

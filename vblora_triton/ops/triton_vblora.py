@@ -43,8 +43,8 @@ def launchers() -> SimpleNamespace:
     return SimpleNamespace(**found, Dropout=dropout.Dropout, FEW_ROWS=tuning.FEW_ROWS)
 
 
-# The base's result, or what waits for it and gives it (`overlap`).
-Base = Tensor | Callable[[], Tensor] | None
+# The base's result, or what gives its product (`overlap`), and its bias.
+Base = Tensor | tuple[Callable[[], Tensor], Tensor | None] | None
 
 _SELECTION = "Tensor indices_A, Tensor weights_A, Tensor indices_B, Tensor weights_B"
 _DROPOUT = "float dropout_p, Tensor? seed"
@@ -214,9 +214,9 @@ def _products(
     """Write y = base + dropout(x) A^T B^T; return s. A: its terms, or None where they are not kept."""
     kernels, (indices_A, weights_A, indices_B, weights_B) = launchers(), selection
     s = kernels.launch_shrink_fwd(rows_of(x), A, bank, indices_A, weights_A, r, kernels.Dropout.of(dropout_p, seed))
-    found = base() if callable(base) else base
+    found, bias = (base[0](), base[1]) if isinstance(base, tuple) else (base, None)
     base_rows = None if found is None else rows_of(found)
-    return kernels.launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, rows_of(y))
+    return kernels.launch_expand_fwd(s, base_rows, bank, indices_B, weights_B, rows_of(y), bias)
 
 
 def _write_base(y: Tensor, base: Any) -> None:
