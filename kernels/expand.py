@@ -192,7 +192,7 @@ def launch_expand_fwd(
     (partials, M, r), N = s.shape, y.shape[1]
     total = torch.empty((M, r), dtype=torch.float32, device=s.device) if partials > 1 else None
     if bias is None and base is not None and base.stride() == (0, 1):
-        base, bias = None, base[0]
+        bias, base = base[0], None
     config = tuning.expand_fwd(M, N, y.dtype, r, base is not None)
     launch(
         _expand_fwd_kernel,
