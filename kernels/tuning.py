@@ -71,6 +71,9 @@ def select(H: int, topk: int, vector_length: int) -> dict[str, int]:
 
 # Rows up to which A is mixed inside the product with x: few programs read it then, and none twice.
 FEW_ROWS = 16
+# Rows up to which the base's product comes first, in fp32, and kernels add to it (ops/overlap.py): of more, cuBLAS
+# leaves no multiprocessor free. 512 x 4096 elements are 128 blocks of 128 x 128.
+FIRST_ROWS = 512
 
 
 def tile(M: int, dtype: torch.dtype, r: int) -> tuple[int, dict[str, int], int]:
@@ -131,7 +134,7 @@ def expand_fwd(M: int, N: int, dtype: torch.dtype, r: int, adds: bool = False) -
     if adds and M <= FEW_ROWS and r <= 4:
         # Forecast for q and down of Llama-2-7B, one token: 2.9 and 3.6 us; by 4 warps and 8 partials 4.5 and 8.2.
         ahead, options["num_warps"] = 16, 8
-    elif adds:
+    elif adds and M <= FIRST_ROWS:
         # Of fp32 wider ones take most registers.
         columns = min(columns, 64 if r <= 32 else 32)
     chunks = max(1, min(2 * PROGRAMS // cdiv(N, columns), cdiv(M, rows)))
@@ -155,7 +158,7 @@ def two_products(
     if of_x and 4 < r <= 16 and dtype == torch.bfloat16 and M > FEW_ROWS and not drops:
         # Forecast for q, k and v of Llama-2-7B together, M 4096, r 12: 22 us; by 64 x 64 elements 33, floor 16.
         rows, columns, options = 32, 128, {"num_warps": 4, "num_stages": 3}
-    if adds and FEW_ROWS < M <= 512 and r <= 4 and dtype == torch.bfloat16 and not drops:
+    if adds and FEW_ROWS < M <= FIRST_ROWS and r <= 4 and dtype == torch.bfloat16 and not drops:
         # Forecast for down of Llama-2-7B, M 256: 7.1 us; by 64 x 64 elements 10.1.
         rows, columns, options["num_warps"] = 32, 128, 8
     elif adds:

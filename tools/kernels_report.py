@@ -12,7 +12,7 @@ import torch
 from bench.cases import LINEARS
 from tools.aot import SHARED_LIMIT, TARGETS, compiling
 from vblora_triton.kernels import tuning
-from vblora_triton.ops import overlap, triton_together, triton_vblora, triton_vera
+from vblora_triton.ops import triton_together, triton_vblora, triton_vera
 
 # (in, out) of the linears that ship: Llama-2-7B's, and of Llama-3-70B those of other shapes.
 SHAPES = {name: shape for name, shape in LINEARS.items() if name.startswith("llama")}
@@ -124,7 +124,7 @@ def launch_all(K: int, N: int, M: int, h: int, dtype: torch.dtype, *, k: int = 2
     passes = vblora_passes(K, N, M, h, dtype, k=k, p=p, **sizes)
     x, logits_A, _, bank = passes.given
     first: list[Any] = []
-    if M <= overlap.ROWS:
+    if M <= tuning.FIRST_ROWS:
         first = [(lambda: torch.empty(M, N, device="meta"), bias) for bias in (None, x.new_empty(N))]
     for base in (*first, *bases(M, N, dtype)):
         found = passes.forward(base)

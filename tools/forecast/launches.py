@@ -15,7 +15,8 @@ from tools.aot import compiling
 from tools.forecast.predict import Launch, Operation
 from tools.kernels_report import vblora_passes, vblora_together_passes, vera_passes
 from vblora_triton.kernels import launch
-from vblora_triton.ops import overlap, triton_together
+from vblora_triton.kernels.tuning import FIRST_ROWS
+from vblora_triton.ops import triton_together
 
 F32 = torch.float32
 # Tokens up to which the activations of a linear stay in L2.
@@ -109,7 +110,7 @@ def collect(
                 beside.update(dict.fromkeys(range(first, len(calls)), 1 + max(beside.values(), default=0)))
                 return left.new_empty(M, right.shape[1], dtype=F32) if added is None else added
 
-            yield product if method == "vblora" and M <= overlap.ROWS else None
+            yield product if method == "vblora" and M <= FIRST_ROWS else None
 
         own = patch.object(triton_together, "product_beside", beside_it)
         with launch.intercepted(note), _Operations(calls) if method == "vera" else nullcontext(), own:

@@ -20,13 +20,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-# Rows of which cuBLAS's products leave multiprocessors free: 512 x 4096 elements are 128 blocks of 128 x 128.
-ROWS = 512
+from vblora_triton.kernels.tuning import FIRST_ROWS
 
 # (device, stream) -> its second stream. Memory allocated on that is used again in its order; what is queued there
 # always waits for the first stream, and so for all who read what was there before.
 _seconds: dict[tuple[int, int], torch.cuda.Stream] = {}
-_after: AbstractContextManager[None] = nullcontext()
+_nothing: AbstractContextManager[None] = nullcontext()
+
+
+def product_after(*_: object) -> AbstractContextManager[None]:
+    """In the place of `product_beside`: whoever asks adds the product to what the kernels wrote."""
+    return _nothing
 
 
 def product_beside(
@@ -34,9 +38,8 @@ def product_beside(
 ) -> AbstractContextManager[Callable[[], Tensor] | None]:
     """Compute left right beside what is launched inside the context, up to the call of what it gives, which returns it.
 
-    That must be called. It is None, and whoever asks adds the product to what the kernels wrote, for many rows, where
-    there is nothing to multiply, and for sums in fp16 (`torch.backends.cuda.matmul.allow_fp16_accumulation`), of which
-    cuBLAS gives no fp32.
+    That must be called. It is None, as of `product_after`, for many rows, where there is nothing to multiply, and for
+    sums in fp16 (`torch.backends.cuda.matmul.allow_fp16_accumulation`), of which cuBLAS gives no fp32.
 
     Args:
         left, right: (M, K) and (K, N), in one dtype.
@@ -45,11 +48,11 @@ def product_beside(
         (M, N) in fp32, or `added` itself.
     """
     if (
-        left.shape[0] > ROWS
+        left.shape[0] > FIRST_ROWS
         or not (left.numel() and right.numel())
         or (left.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)
     ):
-        return _after
+        return _nothing
     product = partial(_product, left, right, added)
     if _may_fork(left.device):
         return _forked(left.device, product)

@@ -92,7 +92,7 @@ class Differentiable(Operator):
         super().__init__(name, arguments, "Tensor", lambda *args: self.fwd.operator(*args)[0], allocate)
         _library.impl(name, self._autograd, "Autograd")
         self._name, self._gradients, self._has_base = name, gradients, has_base
-        self._product_beside = overlap.product_beside if overlaps else _after
+        self._product_beside = overlap.product_beside if overlaps else overlap.product_after
         self._function = self._make_function(allocate, forward, saved)
         self.unobserved, self._forward = self._function.apply, partial(self._function.forward, None)
 
@@ -160,7 +160,7 @@ class Differentiable(Operator):
                 if weight is None or not needs[0]:
                     found = run(*arguments, *into)
                 else:
-                    beside = _after if is_observed else self._product_beside
+                    beside = overlap.product_after if is_observed else self._product_beside
                     with beside(rows_of(dy), weight, rows_of(into[0]) if into else None) as product:
                         found = run(*arguments, *into, **({"product": product} if product else {}))
                     if product is None:
@@ -240,10 +240,6 @@ def first_derivative_only(backward: Callable) -> Callable:
 
 
 _here = nullcontext()
-
-
-def _after(*_: Any) -> AbstractContextManager[None]:
-    return _here
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
