@@ -18,7 +18,8 @@ ADAPTER_TESTS := tests/test_imports.py tests/test_peft_model.py tests/test_task_
 	tests/test_optim.py tests/tuner tests/vblora \
 	tests/vera tests/documented tests/integrations tests/exchange
 # These take long, and know nothing of peft.
-KERNEL_TESTS := tests/vblora/test_selection.py tests/vera/test_shared_projection.py
+LONG_TESTS := tests/vblora/test_selection.py tests/vera/test_shared_projection.py tests/exchange/test_merge.py \
+	tests/integrations/test_compile.py tests/integrations/test_quantised_processes.py
 
 .PHONY: help demo test test-without-peft check fix bench report kernels-report forecast host peft-suite package gpu clean
 
@@ -51,7 +52,7 @@ test: test-without-peft
 	$(PYTEST) --benchmark-disable
 
 test-without-peft: $(VENV)/.installed
-	$(PYTEST) -p tests.without_peft $(ADAPTER_TESTS) $(KERNEL_TESTS:%=--ignore=%)
+	$(PYTEST) -p tests.without_peft $(ADAPTER_TESTS) $(LONG_TESTS:%=--ignore=%)
 
 check: $(VENV)/.installed
 	$(PY) -m ruff check .
