@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vblora_triton.kernels.matmul import matmul
 from vblora_triton.kernels.tuning import FIRST_ROWS
 
 # (device, stream) -> its second stream. Memory allocated on that is used again in its order; what is queued there
@@ -74,9 +75,6 @@ def _may_fork(device: torch.device) -> bool:
 
 
 def _product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
-    # Imported at the first call of an operator, as all kernels.
-    from vblora_triton.kernels.matmul import matmul
-
     return matmul(left, right) if added is None else added.addmm_(left, right)
 
 
