@@ -87,11 +87,9 @@ def render(folder: Path = RESULTS) -> str:
 CPU_COLUMNS = {"fwd": "eval", "fwd_grad": "forward", "bwd": "backward"}
 
 
-def render_cpu(folder: Path) -> str:
+def render_cpu(path: Path) -> str:
     """The table of our times over PEFT's on a CPU, from the file that `bench layer model` wrote there."""
-    if not (folder / "cpu.json").is_file():
-        return "Not measured yet."
-    header, records = load(folder / "cpu.json")
+    header, records = load(path)
     ours = [r for r in records if r.provider == "ours" and r.status == "ok"]
     rows: dict[tuple[str, int, int], dict[tuple[str, str], str]] = {}
     for r in ours:
@@ -116,11 +114,9 @@ def render_cpu(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def render_quality(folder: Path) -> str:
+def render_quality(path: Path) -> str:
     """The table of what methods learned, from the file that bench.quality wrote."""
-    content = _content(folder / "quality.json")
-    if content is None:
-        return "Not measured yet."
+    content = json.loads(path.read_text(encoding="utf-8"))
     what, where, runs = content["quality"], content["environment"], content["runs"]
     # A seed that some have not run yet says nothing about the others.
     kinds = {(run["method"], run["library"]) for run in runs}
@@ -145,11 +141,9 @@ def render_quality(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def render_forecast(folder: Path) -> str:
+def render_forecast(path: Path) -> str:
     """The table of what blocks would take over the frozen base, from the file that tools.forecast wrote."""
-    content = _content(folder / "forecast.json")
-    if content is None:
-        return "Not made yet."
+    content = json.loads(path.read_text(encoding="utf-8"))
     made = content["made_by"]
     lines = [
         f"A forecast, and no measurement; torch {made['torch']}, triton {made['triton']}, commit "
@@ -166,11 +160,9 @@ def render_forecast(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def render_host(folder: Path) -> str:
+def render_host(path: Path) -> str:
     """The table of what Python takes, from the file that tools.forecast.host wrote."""
-    content = _content(folder / "host.json")
-    if content is None:
-        return "Not measured yet."
+    content = json.loads(path.read_text(encoding="utf-8"))
     made = content["made_by"]
     lines = [
         f"µs of the host, with the driver's launches replaced by nothing; {made['cpu']}, python {made['python']}, "
@@ -184,11 +176,8 @@ def render_host(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _content(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-# Of each page the names in its markers, and what makes the text between them of the folder of results.
+# Of each page the names in its markers, and what makes the text between them: of the folder of results, or of the file
+# there that has that name.
 PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"bench": render, "cpu": render_cpu, "quality": render_quality},
     "CONTRIBUTING.md": {"forecast": render_forecast, "host": render_host},
@@ -223,7 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
         path = options.folder / page
         text = new = path.read_text(encoding="utf-8")
         for name, render_section in sections.items():
-            new = updated(page, new, name, render_section(options.folder / "bench" / "results"))
+            folder = options.folder / "bench" / "results"
+            source = folder if render_section is render else folder / f"{name}.json"
+            new = updated(page, new, name, render_section(source) if source.exists() else "Not made yet.")
         if new == text:
             continue
         wrong += 1

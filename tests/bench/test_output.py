@@ -103,7 +103,7 @@ class TestReport:
         assert self.run(readme) == 0
         text = readme.read_text()
         assert text.startswith(f"before\n{report.marked('bench', report.NOTHING)}\n<!-- cpu: begin -->\n")
-        assert text.endswith(f"\n<!-- cpu: end -->\n{report.marked('quality', 'Not measured yet.')}\nafter\n")
+        assert text.endswith(f"\n<!-- cpu: end -->\n{report.marked('quality', 'Not made yet.')}\nafter\n")
 
     def test_a_table_of_quality_has_mean_and_spread_of_each_method(self, readme):
         runs = [
